@@ -1,0 +1,3 @@
+//! Dagorama.
+pub mod broker;
+pub mod storage;
