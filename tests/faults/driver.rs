@@ -62,7 +62,8 @@ impl Plan {
         bytes
     }
 
-    fn decode(bytes: &[u8]) -> Option<(Self, u32)> {
+    /// Plan and leaf number from the arguments of a node.
+    pub fn decode(bytes: &[u8]) -> Option<(Self, u32)> {
         let seed = u64::from_le_bytes(bytes.get(..8)?.try_into().ok()?);
         let width = u32::from_le_bytes(bytes.get(8..12)?.try_into().ok()?);
         let index = u32::from_le_bytes(bytes.get(12..16)?.try_into().ok()?);

@@ -6,6 +6,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+pub mod check;
 pub mod driver;
 
 /// The token all test brokers use.
