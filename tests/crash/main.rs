@@ -49,7 +49,7 @@ fn kill_rounds() {
 
     let mut server = Server::start(&data, &setup).unwrap_or_else(|ended| panic!("{ended:?}"));
     // Something large that waits all the time: recovery must take it from sled, not from the log.
-    driver::submit(&server.url, &journal, (0..20_000u64).map(|i| Plan { seed: (seed << 40) + i, width: 0, large: false }), 500).unwrap();
+    driver::submit(&server.url, &journal, (0..20_000u64).map(|i| Plan { seed: (seed << 40) + i, width: 0, large: false }), 500, 86_400_000).unwrap();
     let url = Arc::new(Mutex::new(server.url.clone()));
     let mut kills = 0u64;
     let (mut with_acks_in_flight, mut mostly_from_sled, mut shortened_before) = (0u64, 0u64, 0u64);
@@ -61,7 +61,7 @@ fn kill_rounds() {
         let workers: Vec<_> = (0..2).map(|_| driver::keep_working(Arc::clone(&url), Arc::clone(&journal), 32)).collect();
         let submitter = {
             let (url, journal) = (server.url.clone(), Arc::clone(&journal));
-            std::thread::spawn(move || driver::submit(&url, &journal, (0..10_000u64).map(|i| Plan { seed: first + i, width: (i % 40) as u32 * u32::from(i % 9 == 0), large: i % 5 == 0 }), 10))
+            std::thread::spawn(move || driver::submit(&url, &journal, (0..10_000u64).map(|i| Plan { seed: first + i, width: (i % 40) as u32 * u32::from(i % 9 == 0), large: i % 5 == 0 }), 10, 0))
         };
         let pause = 20 + (seed.wrapping_mul(round + 1).wrapping_mul(0x9e37_79b9) >> 7) % 180;
         std::thread::sleep(Duration::from_millis(pause));
@@ -138,7 +138,7 @@ fn short_life(server: &Server, journal: &Arc<Journal>, seed: u64) {
     let worker = driver::keep_working(Arc::clone(&url), Arc::clone(journal), 16);
     let plans = (0..24).map(|i| Plan { seed: seed + i, width: if i % 6 == 0 { 12 } else { 0 }, large: i % 2 == 0 });
     let before = journal.acks.lock().unwrap().len();
-    if driver::submit(&server.url, journal, plans, 4).is_ok() {
+    if driver::submit(&server.url, journal, plans, 4, 0).is_ok() {
         let runs = submitted_since(journal, before);
         for (seq, salt) in runs.iter().rev().take(2) {
             drop(driver::turn(&server.url, journal, *seq, *salt, false));

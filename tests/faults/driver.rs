@@ -258,12 +258,12 @@ impl<'a> Cursor<'a> {
     }
 }
 
-fn node(spec: u32, ranges: &[[u32; 3]], arguments: &[u8]) -> Vec<u8> {
+fn node(spec: u32, ranges: &[[u32; 3]], arguments: &[u8], delay_ms: u64) -> Vec<u8> {
     let mut out = spec.to_le_bytes().to_vec();
-    out.extend([3, 0, 0, 0]); // raw, no delay
+    out.extend([3, u8::from(delay_ms > 0), 0, 0]); // raw bytes, after so many milliseconds
     out.extend((ranges.len() as u32).to_le_bytes());
     out.extend((arguments.len() as u32).to_le_bytes());
-    out.extend(0u64.to_le_bytes());
+    out.extend(delay_ms.to_le_bytes());
     for word in ranges.iter().flatten() {
         out.extend(word.to_le_bytes());
     }
@@ -271,8 +271,8 @@ fn node(spec: u32, ranges: &[[u32; 3]], arguments: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Submits runs one batch after another until told to stop, `limit` batches or an error. The submission key is the plan's seed.
-pub fn submit(url: &str, journal: &Journal, plans: impl Iterator<Item = Plan>, batch: usize) -> io::Result<()> {
+/// Submits runs one batch after another until told to stop or an error; they start after `delay_ms`. The submission key is the plan's seed.
+pub fn submit(url: &str, journal: &Journal, plans: impl Iterator<Item = Plan>, batch: usize, delay_ms: u64) -> io::Result<()> {
     let (mut link, _) = Link::connect(url, &json!({"kind": "client"}))?;
     link.send(DEFINE, 0, Link::specs().to_string().as_bytes())?;
     let mut plans = plans.peekable();
@@ -287,7 +287,7 @@ pub fn submit(url: &str, journal: &Journal, plans: impl Iterator<Item = Plan>, b
             body.extend(0u16.to_le_bytes());
             body.extend(1u32.to_le_bytes());
             body.extend(0u32.to_le_bytes());
-            body.extend(node(u32::from(plan.width == 0), &[], &plan.encode(0)));
+            body.extend(node(u32::from(plan.width == 0), &[], &plan.encode(0), delay_ms));
         }
         let reply = link.call(SUBMIT, &body)?;
         let mut reply = Cursor(&reply);
@@ -508,9 +508,9 @@ fn run(link: &mut Link, lease: &LeaseItem, journal: &Journal, later: &mut Vec<Fr
         "faults.fan" => {
             for index in 0..plan.width {
                 let spec = if mix(plan.seed ^ u64::from(index)) % 13 == 0 { 3 } else { 1 };
-                children.push(node(spec, &[], &plan.encode(index)));
+                children.push(node(spec, &[], &plan.encode(index), 0));
             }
-            children.push(node(2, &[[0, plan.width, 1 << 31]], &plan.encode(0)));
+            children.push(node(2, &[[0, plan.width, 1 << 31]], &plan.encode(0), 0));
             ranges.push([plan.width, 1, 1 << 31]);
             (2, Vec::new())
         }

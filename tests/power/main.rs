@@ -45,7 +45,7 @@ fn record(name: &'static str, config: &str, plans: Vec<Plan>, batch: usize, turn
     let journal = Arc::new(Journal { trace: Some(trace.clone()), ..Journal::default() });
     let url = Arc::new(Mutex::new(server.url.clone()));
     let workers: Vec<_> = (0..2).map(|_| driver::keep_working(Arc::clone(&url), Arc::clone(&journal), 64)).collect();
-    driver::submit(&server.url, &journal, plans.into_iter(), batch).unwrap();
+    driver::submit(&server.url, &journal, plans.into_iter(), batch, 0).unwrap();
     let submitted: Vec<(u64, u64, Plan)> = journal
         .acks
         .lock()
