@@ -7,6 +7,8 @@
 #[path = "../faults/mod.rs"]
 mod faults;
 
+mod damage;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
