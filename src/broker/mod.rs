@@ -31,6 +31,8 @@ mod restore;
 mod retry;
 mod rounds;
 mod run;
+#[cfg(test)]
+mod self_check;
 mod settings;
 mod spec;
 mod timer;

@@ -178,6 +178,8 @@ fn backoff_ms(retry: &Retry, failures: u32, seed: u64, key: NodeKey, attempt: u3
     }
     let delay = delay as u64;
     let spread = u128::from(delay) * u128::from(retry.jitter_milli.min(1_000)) / 1_000;
+    // 2^62 ms are an age: the bound only keeps the product below in range.
+    let spread = spread.min(1 << 62);
     if spread == 0 {
         return delay;
     }
@@ -187,7 +189,7 @@ fn backoff_ms(retry: &Retry, failures: u32, seed: u64, key: NodeKey, attempt: u3
     bytes[12..].copy_from_slice(&attempt.to_le_bytes());
     let chance = u128::from(xxh3_64_with_seed(&bytes, seed));
     let offset = (chance * (2 * spread + 1)) >> 64;
-    (u128::from(delay) + offset).saturating_sub(spread) as u64
+    u64::try_from(u128::from(delay) + offset - spread).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
