@@ -2,7 +2,9 @@
 //!
 //! Only this module knows sled and bincode. Callers see facts going in, and facts, records and payloads coming out.
 
+pub mod records;
 pub mod row;
+pub mod sync_shim;
 
 use bytes::Bytes;
 
