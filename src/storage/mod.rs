@@ -4,6 +4,7 @@
 
 pub mod records;
 pub mod row;
+pub mod rows;
 pub mod sync_shim;
 
 use bytes::Bytes;
