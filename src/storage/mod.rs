@@ -2,6 +2,9 @@
 //!
 //! Only this module knows sled and bincode. Callers see facts going in, and facts, records and payloads coming out.
 
+mod loading;
+pub mod memory;
+pub mod reader;
 pub mod records;
 pub mod row;
 pub mod rows;

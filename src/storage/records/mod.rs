@@ -20,7 +20,4 @@ pub use places::PayloadUse;
 pub use rows_out::RowMaker;
 pub use wire::DecodeError;
 
-/// Parts of `Inputs` from this number on are references.
-pub(crate) use rows_out::REFERENCES;
-/// Node number of `Inputs` under which a run's header goes on, shifted to its place.
-pub(crate) use rows_out::HEADER_TAIL;
+pub(crate) use rows_out::{HEADER_TAIL, PART_BITS, PART_MASK, RANGES_PER_PART, REFERENCES};

@@ -27,12 +27,16 @@ pub(super) const ROW_VERSION: u8 = 1;
 pub(super) const UNTOUCHED: u8 = 0x80;
 /// Largest value of a row. A larger record goes on in further parts.
 pub(super) const PART_BYTES: usize = 3_400;
+/// Low bits of a row's number that count the parts of its record.
+pub(crate) const PART_BITS: u32 = 16;
+/// Those bits.
+pub(crate) const PART_MASK: u64 = (1 << PART_BITS) - 1;
 /// Ranges in a part of `Inputs`.
-pub(super) const RANGES_PER_PART: usize = 256;
+pub(crate) const RANGES_PER_PART: usize = 256;
 /// Parts from here on are references.
-pub(super) const REFERENCES: u64 = 1 << 31;
+pub(crate) const REFERENCES: u64 = 1 << 31;
 /// Node number of `Inputs` under which a run's header goes on.
-pub(super) const HEADER_TAIL: u64 = (u32::MAX as u64) << 32;
+pub(crate) const HEADER_TAIL: u64 = (u32::MAX as u64) << 32;
 /// An event row takes no further event beyond this size.
 const EVENT_BYTES: usize = 1_024;
 /// Code of "created" in an event; the others are in [`super::rows_in`].
@@ -168,7 +172,7 @@ impl RowMaker {
                 epoch,
                 next,
             } => {
-                let place = xxh3_64(partition.as_bytes()) & !0xff;
+                let place = xxh3_64(partition.as_bytes()) & !PART_MASK;
                 self.in_parts(Table::Position, u64::from(route.0), place, |out| {
                     put_varint(out, u64::from(*epoch));
                     put_varint(out, *next);
@@ -217,15 +221,15 @@ impl RowMaker {
                 if let Body::Stored(at) = &letter.body.body {
                     self.stored(at, letter_owner(*route, *seq));
                 }
-                self.in_parts(Table::DeadLetter, u64::from(route.0), seq << 8, |out| {
+                self.in_parts(Table::DeadLetter, u64::from(route.0), seq << PART_BITS, |out| {
                     put_dead_letter(out, letter);
                 });
             }
             Fact::DeadLetterRemoved { route, seq } => {
                 let major = u64::from(route.0);
                 out.deleted_ranges.push((
-                    row_key(Table::DeadLetter, major, seq << 8),
-                    row_key(Table::DeadLetter, major, (seq + 1) << 8),
+                    row_key(Table::DeadLetter, major, seq << PART_BITS),
+                    row_key(Table::DeadLetter, major, (seq + 1) << PART_BITS),
                 ));
                 self.release(letter_owner(*route, *seq));
             }
@@ -244,6 +248,9 @@ impl RowMaker {
         nodes: &[CreatedNode],
         now: Timestamp,
     ) {
+        if nodes.is_empty() {
+            return;
+        }
         self.begin_event(run, event, nodes.len() as u64, now);
         let value = &mut self.events.value;
         value.push(EVENT_CREATED);
