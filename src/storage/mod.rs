@@ -3,6 +3,7 @@
 //! Only this module knows sled and bincode. Callers see facts going in, and facts, records and payloads coming out.
 
 mod loading;
+pub mod log;
 pub mod memory;
 pub mod reader;
 pub mod records;
