@@ -38,12 +38,15 @@ pub(super) fn padded(length: usize) -> usize {
     length.next_multiple_of(ALIGN)
 }
 
-fn checksum(header: &[u8], body: &[u8], store_id: &[u8; 16], position: u64) -> u64 {
+/// The seed of the body's checksum: it covers the header, the store and the position. Its low 16 bits stand in the header, so
+/// that a search through old bytes need not hash whole bodies to find that they are none.
+fn seed(header: &[u8], store_id: &[u8; 16], position: u64) -> u64 {
     let mut start = [0; 16 + 8 + 32];
     start[..16].copy_from_slice(store_id);
     start[16..24].copy_from_slice(&position.to_le_bytes());
     start[24..].copy_from_slice(&header[..32]);
-    xxh3_64_with_seed(body, xxh3_64(&start))
+    start[24 + 6..24 + 8].fill(0);
+    xxh3_64(&start)
 }
 
 /// Fills in the header before a body that is already in place, and the zeros after it.
@@ -58,7 +61,9 @@ pub(super) fn finish(buffer: &mut Vec<u8>, header: &Header, store_id: &[u8; 16],
     buffer[8..16].copy_from_slice(&header.sequence.to_le_bytes());
     buffer[16..24].copy_from_slice(&header.now.0.to_le_bytes());
     buffer[24..32].copy_from_slice(&header.wall.0.to_le_bytes());
-    let sum = checksum(buffer, &buffer[ENTRY_HEADER..], store_id, position);
+    let seed = seed(buffer, store_id, position);
+    buffer[6..8].copy_from_slice(&seed.to_le_bytes()[..2]);
+    let sum = xxh3_64_with_seed(&buffer[ENTRY_HEADER..], seed);
     buffer[32..40].copy_from_slice(&sum.to_le_bytes());
     buffer.resize(padded(buffer.len()), 0);
 }
@@ -73,12 +78,16 @@ pub(super) fn read(bytes: &[u8], store_id: &[u8; 16], position: u64) -> Option<H
     if whole < ENTRY_HEADER || whole > bytes.len() {
         return None;
     }
-    let kind = match bytes[4..8] {
-        [1, VERSION, 0, 0] => Kind::Facts,
-        [2, VERSION, 0, 0] => Kind::Seal,
-        [3, VERSION, 0, 0] => Kind::Roll,
+    let kind = match bytes[4..6] {
+        [1, VERSION] => Kind::Facts,
+        [2, VERSION] => Kind::Seal,
+        [3, VERSION] => Kind::Roll,
         _ => return None,
     };
+    let seed = seed(bytes, store_id, position);
+    if bytes[6..8] != seed.to_le_bytes()[..2] {
+        return None;
+    }
     let header = Header {
         kind,
         length,
@@ -86,7 +95,7 @@ pub(super) fn read(bytes: &[u8], store_id: &[u8; 16], position: u64) -> Option<H
         now: Timestamp(number(16)?),
         wall: WallTime(number(24)?),
     };
-    let sum = checksum(bytes, &bytes[ENTRY_HEADER..whole], store_id, position);
+    let sum = xxh3_64_with_seed(&bytes[ENTRY_HEADER..whole], seed);
     let empty = whole == ENTRY_HEADER;
     (number(32)? == sum && empty == (kind != Kind::Facts)).then_some(header)
 }
