@@ -2,8 +2,16 @@
 //!
 //! Only this module knows sled and bincode. Callers see facts going in, and facts, records and payloads coming out.
 
+mod digest;
+mod meta;
+pub mod overlay;
+mod paged_table;
+pub mod pages;
 pub mod records;
 pub mod row;
+pub mod sled;
+mod state;
+pub mod state_thread;
 pub mod sync_shim;
 
 use bytes::Bytes;
