@@ -306,13 +306,24 @@ impl<'a> Change<'a> {
             }
             let size = pages::packed_len(&merged);
             let small = shrunk && !merged.is_empty() && size < PAGE_BYTES / 4 && old.len() < 3;
-            if let Some(neighbour) = next.take_if(|(_, bytes)| small && size + bytes.len() <= FILL_BYTES) {
-                // Small pages join the next one when both fit, so that deletions leave no dust.
-                next = self.after(table, key_parts(&neighbour.0).1)?;
-                end = upto(&next);
+            // Small pages join a neighbour when both fit, so that deletions leave no dust.
+            if small && next.as_ref().is_some_and(|(_, bytes)| size + bytes.len() <= FILL_BYTES) {
                 drop((merged, before, views));
-                old.push(neighbour);
+                old.extend(next.take());
+                next = match old.last() {
+                    Some((key, _)) => self.after(table, key_parts(key).1)?,
+                    None => None,
+                };
+                end = upto(&next);
                 continue;
+            }
+            if small && let Some(place) = old.first().and_then(|(key, _)| place_before(key_parts(key).1)) {
+                let neighbour = self.floor(table, place)?;
+                if neighbour.as_ref().is_some_and(|(_, bytes)| size + bytes.len() <= FILL_BYTES) {
+                    drop((merged, before, views));
+                    old.splice(0..0, neighbour);
+                    continue;
+                }
             }
             let appended = merged
                 .last()
@@ -474,6 +485,15 @@ pub(crate) fn next_place(place: Place) -> Option<Place> {
     }
 }
 
+/// The place in front of another one.
+fn place_before(place: Place) -> Option<Place> {
+    match place {
+        (0, 0) => None,
+        (major, 0) => Some((major - 1, u64::MAX)),
+        (major, minor) => Some((major, minor - 1)),
+    }
+}
+
 /// Old rows with new ones over them, and whether a row went away. Both ascend.
 fn merge<'e>(old: &[Entry<'e>], ops: &[Op<'e>]) -> (Vec<Entry<'e>>, bool) {
     let mut merged = Vec::with_capacity(old.len() + ops.len());
@@ -498,3 +518,6 @@ fn merge<'e>(old: &[Entry<'e>], ops: &[Op<'e>]) -> (Vec<Entry<'e>>, bool) {
     merged.extend_from_slice(&old[at..]);
     (merged, shrunk)
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use ::sled::{Db, IVec};
+use ::sled::Db;
 
 use super::StorageError;
 use super::sync_shim;
@@ -20,7 +20,7 @@ pub(crate) const CACHE_BYTES: u64 = 32 << 20;
 /// Segments of sled in bytes: a leaf over a quarter of it would go to `blobs/`. Fixed for ever when a store is made.
 const SEGMENT_BYTES: usize = 2 << 20;
 /// Key of the record that proves at each start that a flush is a sync. Not a page key: it is shorter.
-const PROOF_KEY: &[u8] = b"~sync";
+pub(crate) const PROOF_KEY: &[u8] = b"~sync";
 /// The lock of a handle that has just been dropped may be held for a moment longer.
 const LOCK_TRIES: u32 = 250;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
@@ -128,11 +128,6 @@ impl Sled {
             Ok(())
         })
     }
-}
-
-/// Whether a key of the tree belongs to this module.
-pub(crate) fn is_proof(key: &IVec) -> bool {
-    key.as_ref() == PROOF_KEY
 }
 
 /// Fails when sled's `blobs/` holds anything (S2).
