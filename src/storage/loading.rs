@@ -136,8 +136,8 @@ impl Replay {
         }
     }
 
-    /// Streams the facts of an entry; `rows` are those before it. A run that had ended and is opened again by it is not
-    /// resident yet, so it is told from the rows first.
+    /// Goes before the facts of an entry are told; `rows` are those before it. A run that had ended and is opened again by it
+    /// is not resident yet, so it is told from the rows.
     pub(super) fn entry(
         &mut self,
         rows: &dyn Rows,
@@ -177,9 +177,6 @@ impl Replay {
             }
         }
         self.next_run = next_run(self.next_run, facts);
-        for fact in facts {
-            absorb(fact.clone());
-        }
         Ok(())
     }
 

@@ -215,6 +215,7 @@ impl Store for MemoryStore {
             let mut replay = Replay::new(found, content.base_next_run);
             for batch in std::mem::take(&mut content.log) {
                 replay.entry(&MapRows(&content.base), &batch.facts, absorb)?;
+                batch.facts.iter().cloned().for_each(&mut *absorb);
                 content.log.push_back(batch);
                 content.settle_oldest();
             }
