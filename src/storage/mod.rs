@@ -3,12 +3,16 @@
 //! Only this module knows sled and bincode. Callers see facts going in, and facts, records and payloads coming out.
 
 mod digest;
+mod loading;
+pub mod memory;
 mod meta;
 pub mod overlay;
 mod paged_table;
 pub mod pages;
+pub mod reader;
 pub mod records;
 pub mod row;
+pub mod rows;
 pub mod sled;
 mod state;
 pub mod state_thread;

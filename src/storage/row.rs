@@ -33,13 +33,13 @@ pub enum Table {
     Event = b'e',
     /// Submission and dedup keys: (broker time taken >> 13, low half of the hash).
     Key = b'k',
-    /// Inbox positions: (route, xxh3-64 of the partition with a part number as its last byte).
+    /// Inbox positions: (route, xxh3-64 of the partition with a part number as its low 16 bits).
     Position = b'b',
     /// Deliveries owed: (output, seq).
     Outbox = b'f',
     /// Cursor of an outbox: (output, part).
     OutboxCursor = b'F',
-    /// Dead letters: (route, seq << 8 | part).
+    /// Dead letters: (route, seq << 16 | part).
     DeadLetter = b'd',
     /// Which runs have large payloads in a payload segment: (segment, run). Not one of the tables of runs.
     Payload = b'g',

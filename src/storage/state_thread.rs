@@ -22,6 +22,7 @@ use super::overlay::{Generation, Overlay, Patch, merged};
 use super::paged_table::next_place;
 use super::pages::Place;
 use super::row::{RowKey, Table};
+pub use super::rows::Rows;
 use super::sled::CACHE_BYTES;
 use super::state::{Found, State, Window};
 use super::sync_shim::{boot_clock_ms, malloc_trim};
@@ -60,30 +61,6 @@ impl Default for StateOptions {
             reopen_bytes: 2 << 30,
         }
     }
-}
-
-/// Reads of rows: overlay first, then sled. Blocking, but for [`Rows::recent`].
-pub trait Rows: Send + Sync {
-    /// A row.
-    fn get(&self, key: RowKey) -> Result<Option<Bytes>, StorageError>;
-    /// The same from memory alone: `None` means not here (ask [`Rows::get`]), `Some(None)` deleted.
-    fn recent(&self, key: RowKey) -> Option<Option<Bytes>>;
-    /// Rows from `from` on and before `to`, ascending, at most `limit`, until `visit` returns false.
-    fn scan(
-        &self,
-        table: Table,
-        from: (u64, u64),
-        to: (u64, u64),
-        limit: usize,
-        visit: &mut dyn FnMut(RowKey, Bytes) -> bool,
-    ) -> Result<(), StorageError>;
-    /// Rows before `before`, descending, at most `limit`.
-    fn scan_back(
-        &self,
-        table: Table,
-        before: (u64, u64),
-        limit: usize,
-    ) -> Result<Vec<(RowKey, Bytes)>, StorageError>;
 }
 
 type Answer<T> = SyncSender<Result<T, StorageError>>;
