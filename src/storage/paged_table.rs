@@ -341,15 +341,18 @@ impl<'a> Change<'a> {
             let appended = merged
                 .last()
                 .is_some_and(|last| before.last().is_none_or(|b| b.place < last.place));
-            if let Some(long) = merged.iter().find(|e| e.value.len() > pages::ROW_BYTES) {
+            if let Some(bad) = merged
+                .iter()
+                .find(|e| e.value.len() > pages::ROW_BYTES || e.place == LAST)
+            {
                 return Err(StorageError::State {
                     what: "packing rows",
                     detail: format!(
                         "row {}/{:x}/{:x} has {} bytes",
                         char::from(table),
-                        long.place.0,
-                        long.place.1,
-                        long.value.len()
+                        bad.place.0,
+                        bad.place.1,
+                        bad.value.len()
                     ),
                 });
             }

@@ -22,7 +22,7 @@ use super::overlay::{Generation, TABLES};
 use super::paged_table::{
     Change, LAST, Op, PagedTable, Progress, corrupt, next_place, parse, place_before,
 };
-use super::pages::{self, FILL_BYTES, PageError, PageKey, Place, key_parts};
+use super::pages::{self, FILL_BYTES, NONE, PageError, PageKey, Place, key_parts};
 use super::row::Table;
 use super::sled::{Sled, guarded, sync_created};
 
@@ -281,7 +281,7 @@ impl State {
             let view = parse(&key, &bytes)?;
             self.check_position(&key, view.position())?;
             if view.next() <= place {
-                return Err(missing_after(&key));
+                return Err(missing(byte, view.next()));
             }
             match view.get(place) {
                 None => Ok(None),
@@ -308,18 +308,17 @@ impl State {
             if last - first <= 1 {
                 self.check_absent(byte, first, true)?;
             }
-            let floor = self.pages().floor(byte, from)?;
-            let start = floor.map_or(from, |(key, _)| key_parts(&key).1);
+            let (start, mut expected) = match self.pages().floor(byte, from)? {
+                Some((key, _)) => (key_parts(&key).1, key_parts(&key).1),
+                None => (from, self.meta.first(byte)),
+            };
             let mut owner = None;
-            let mut before: Option<(PageKey, Place)> = None;
             let tree = self.sled.tree.clone();
             for page in PagedTable::new(&tree).pages(byte, start, to) {
                 let (key, bytes) = page?;
                 let place = key_parts(&key).1;
-                match before {
-                    Some((before, next)) if next != place => return Err(missing_after(&before)),
-                    None if place > start => self.check_before_first(byte, start)?,
-                    _ => {}
+                if place != expected {
+                    return Err(missing(byte, expected.min(place)));
                 }
                 if place >= to {
                     return Ok(found);
@@ -334,7 +333,7 @@ impl State {
                 }
                 let view = parse(&key, &bytes)?;
                 self.check_position(&key, view.position())?;
-                before = Some((key, view.next()));
+                expected = view.next();
                 let shared = Bytes::copy_from_slice(&bytes);
                 for at in view.lower_bound(from)..view.lower_bound(to) {
                     let range = view.value_range(at);
@@ -345,12 +344,11 @@ impl State {
                         .push((place, shared.slice(range.start + skipped..range.end)));
                 }
             }
-            // sled's range includes the page at `to`, so nothing before it follows.
-            match before {
-                Some((before, next)) if next <= to && next != LAST => Err(missing_after(&before)),
-                None => self.check_before_first(byte, from).map(|()| found),
-                _ => Ok(found),
+            // sled's range includes the page at `to`, so nothing up to there may be expected.
+            if expected <= to && expected != NONE {
+                return Err(missing(byte, expected));
             }
+            Ok(found)
         })
     }
 
@@ -377,8 +375,9 @@ impl State {
                 self.check_page(byte, place.0, false)?;
                 let view = parse(&key, &bytes)?;
                 self.check_position(&key, view.position())?;
-                if follows.map_or(view.next() < before, |next| view.next() != next) {
-                    return Err(missing_after(&key));
+                let next = view.next();
+                if follows.map_or(next <= before && next != NONE, |place| next != place) {
+                    return Err(missing(byte, next));
                 }
                 follows = Some(place);
                 for at in (0..view.lower_bound(before)).rev() {
@@ -390,7 +389,7 @@ impl State {
             if found.next.is_none() {
                 match follows {
                     Some(first) if self.meta.first(byte) == first => {}
-                    Some(first) => return Err(missing_first(byte, first)),
+                    Some(_) => return Err(missing(byte, self.meta.first(byte))),
                     None => self.check_before_first(byte, before)?,
                 }
             }
@@ -414,10 +413,10 @@ impl State {
 
     /// Before it is believed that no page begins at or before a place.
     fn check_before_first(&self, table: u8, place: Place) -> Result<(), StorageError> {
-        if self.meta.first(table) <= place && place != LAST {
-            return Err(missing_first(table, self.meta.first(table)));
+        match self.meta.first(table) {
+            first if first <= place && first != NONE => Err(missing(table, first)),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn check_position(&self, key: &PageKey, position: u64) -> Result<(), StorageError> {
@@ -550,14 +549,10 @@ fn own_value<'v>(table: u8, key: &PageKey, value: &'v [u8]) -> Result<&'v [u8], 
     }
 }
 
-fn missing_after(key: &PageKey) -> StorageError {
-    corrupt(key, PageError("the page that follows it is missing"))
-}
-
-fn missing_first(table: u8, first: Place) -> StorageError {
+fn missing(table: u8, place: Place) -> StorageError {
     corrupt(
-        &pages::page_key(table, first),
-        PageError("it must be the first page of its table and is not"),
+        &pages::page_key(table, place),
+        PageError("it is missing, or another page claims that it is there"),
     )
 }
 
