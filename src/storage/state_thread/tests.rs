@@ -543,7 +543,7 @@ fn windows_come_by_age_and_by_size_and_reads_go_on() {
     let options = StateOptions {
         window_ms: 50,
         window_bytes: 1 << 20,
-        reopen_bytes: 4 << 20,
+        reopen_bytes: 1 << 20,
         ..StateOptions::default()
     };
     let (thread, _) = StateThread::open(&path, options).expect("open");
@@ -570,6 +570,38 @@ fn windows_come_by_age_and_by_size_and_reads_go_on() {
     check(&*rows, &model, &mut 1, true);
     thread.close().expect("close");
     assert!(rows.get(row_key(Table::Node, (1, 1))).is_err(), "closed");
+}
+
+#[test]
+fn a_damaged_snapshot_of_sled_costs_time_and_nothing_else() {
+    let (_dir, path) = created();
+    let (thread, _) = StateThread::open(&path, by_hand()).expect("open");
+    let mut model = Model::new();
+    for sequence in 1..=30 {
+        let mut batch = RowBatch::default();
+        for node in 0..500 {
+            let value = Some(vec![sequence as u8; 50]);
+            batch.rows.push(row(Table::Node, sequence, node, value));
+        }
+        batch.rows.push(row(Table::EndedRun, sequence, 0, Some(vec![9])));
+        apply(&mut model, &batch);
+        thread.push(entry(sequence, batch));
+    }
+    thread.close().expect("close");
+    drop(StateThread::open(&path, by_hand()).expect("open")); // writes a snapshot
+    let snapshot = fs::read_dir(&path)
+        .expect("files")
+        .map(|file| file.expect("a file").path())
+        .find(|file| file.file_name().is_some_and(|name| name.to_string_lossy().starts_with("snap.")))
+        .expect("a snapshot");
+    let mut bytes = fs::read(&snapshot).expect("read");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    fs::write(&snapshot, bytes).expect("write");
+    let (thread, _) = StateThread::open(&path, by_hand()).expect("open without the snapshot");
+    check(&*thread.rows(), &model, &mut 8, true);
+    let name = format!("damaged-{}", snapshot.file_name().expect("a name").to_string_lossy());
+    assert!(path.join(name).exists(), "it is kept, not deleted");
 }
 
 #[test]
