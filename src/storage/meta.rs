@@ -9,6 +9,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::StorageError;
 use super::digest::{GROUPS, PageSum};
+use super::pages::{NONE, Place};
 use crate::broker::types::{Timestamp, WallTime};
 
 /// Key of the meta record in sled: shorter than a page's.
@@ -48,6 +49,8 @@ pub(crate) struct Meta {
     pub(crate) high: u64,
     /// Sums of the tables without runs.
     pub(crate) groups: BTreeMap<u8, PageSum>,
+    /// Where the first page of each table begins; none, or [`NONE`]: the table is empty.
+    pub(crate) firsts: BTreeMap<u8, Place>,
 }
 
 impl Meta {
@@ -60,7 +63,13 @@ impl Meta {
                 .iter()
                 .map(|&table| (table, PageSum::default()))
                 .collect(),
+            firsts: BTreeMap::new(),
         }
+    }
+
+    /// Where the first page of a table begins; [`NONE`] of an empty one.
+    pub(crate) fn first(&self, table: u8) -> Place {
+        self.firsts.get(&table).copied().unwrap_or(NONE)
     }
 
     /// As bytes.
@@ -84,6 +93,12 @@ impl Meta {
         for (&table, sum) in &self.groups {
             out.push(table);
             out.extend_from_slice(&sum.to_bytes());
+        }
+        out.push(self.firsts.len() as u8);
+        for (&table, place) in &self.firsts {
+            out.push(table);
+            out.extend_from_slice(&place.0.to_le_bytes());
+            out.extend_from_slice(&place.1.to_le_bytes());
         }
         let checksum = xxh3_64(&out);
         out.extend_from_slice(&checksum.to_le_bytes());
@@ -127,6 +142,14 @@ impl Meta {
                 PageSum::from_bytes(&sum).map_err(|error| damaged(error.0))?,
             );
         }
+        let n = take::<1>(&mut rest).ok_or_else(short)?[0];
+        let mut firsts = BTreeMap::new();
+        for _ in 0..n {
+            let table = take::<1>(&mut rest).ok_or_else(short)?[0];
+            let major = u64::from_le_bytes(take(&mut rest).ok_or_else(short)?);
+            let minor = u64::from_le_bytes(take(&mut rest).ok_or_else(short)?);
+            firsts.insert(table, (major, minor));
+        }
         if !rest.is_empty() || groups.len() != GROUPS.len() || GROUPS.iter().any(|t| !groups.contains_key(t)) {
             return Err(damaged("it does not have one sum for each table"));
         }
@@ -147,6 +170,7 @@ impl Meta {
             },
             high,
             groups,
+            firsts,
         })
     }
 }
@@ -175,6 +199,7 @@ mod tests {
         });
         meta.high = 12;
         meta.groups.entry(b's').or_default().add(77);
+        meta.firsts.insert(b'n', (3, 4));
         let bytes = meta.encode();
         assert_eq!(Meta::decode(&bytes, "x").ok(), Some(meta.clone()));
         for bit in 0..bytes.len() * 8 {

@@ -14,7 +14,7 @@ use bytes::Bytes;
 
 use super::pages::Place;
 use super::records::RowBatch;
-use super::row::{RowKey, Table};
+use super::row::Table;
 use crate::broker::types::{Timestamp, WallTime};
 
 /// All paged tables, in the order of their bytes.
@@ -113,14 +113,15 @@ pub(crate) struct Reach {
 }
 
 type Rows = BTreeMap<Place, Option<Bytes>>;
+type Ranges = BTreeMap<Place, Place>;
 
 /// Some log entries' worth of rows.
 #[derive(Debug, Default)]
 pub(crate) struct Generation {
     tables: [Rows; TABLES.len()],
     deleted_runs: BTreeSet<u64>,
-    /// From, and before; of one table.
-    deleted_ranges: Vec<(RowKey, RowKey)>,
+    /// From, and before; apart from each other.
+    deleted_ranges: [Ranges; TABLES.len()],
     entries: u64,
     bytes: usize,
     reach: Reach,
@@ -152,9 +153,9 @@ impl Generation {
         &self.deleted_runs
     }
 
-    /// Ranges deleted.
-    pub(crate) fn deleted_ranges(&self) -> &[(RowKey, RowKey)] {
-        &self.deleted_ranges
+    /// Ranges deleted from a table: from, and before.
+    pub(crate) fn deleted_ranges(&self, table: Table) -> &Ranges {
+        &self.deleted_ranges[index(table)]
     }
 
     fn push(&mut self, entry: PushedEntry) {
@@ -177,7 +178,7 @@ impl Generation {
             let (first, end) = ((from.major, from.minor), (before.major, before.minor));
             if first < end {
                 cut_out(&mut self.tables[index(from.table)], first, end);
-                self.deleted_ranges.push((from, before));
+                unite(&mut self.deleted_ranges[index(from.table)], first, end);
                 self.bytes += ROW_COST;
             }
         }
@@ -201,11 +202,11 @@ impl Generation {
         (!self.deleted_runs.is_empty()
             && is_of_runs(table)
             && self.deleted_runs.contains(&place.0))
-            || self.deleted_ranges.iter().any(|(from, before)| {
-                from.table == table
-                    && (from.major, from.minor) <= place
-                    && place < (before.major, before.minor)
-            })
+            || self
+                .deleted_ranges(table)
+                .range(..=place)
+                .next_back()
+                .is_some_and(|(_, &before)| place < before)
     }
 
     fn get(&self, table: Table, place: Place) -> Option<Option<Bytes>> {
@@ -217,6 +218,20 @@ impl Generation {
             None => self.hides(table, place).then_some(None),
         }
     }
+}
+
+/// Adds a range, joined with those that it overlaps or touches.
+fn unite(ranges: &mut Ranges, mut first: Place, mut end: Place) {
+    while let Some((&from, &before)) = ranges
+        .range(..=end)
+        .next_back()
+        .filter(|&(_, &before)| before >= first)
+    {
+        ranges.remove(&from);
+        first = first.min(from);
+        end = end.max(before);
+    }
+    ranges.insert(first, end);
 }
 
 fn cut_out(rows: &mut Rows, first: Place, end: Place) {
@@ -242,7 +257,7 @@ pub(crate) struct Patch {
     /// The stretch is known only up to the last row: there may be more behind it.
     pub(crate) truncated: bool,
     hidden_runs: Vec<u64>,
-    hidden_ranges: Vec<(Place, Place)>,
+    hidden_ranges: Ranges,
 }
 
 impl Patch {
@@ -251,8 +266,9 @@ impl Patch {
         self.hidden_runs.binary_search(&place.0).is_ok()
             || self
                 .hidden_ranges
-                .iter()
-                .any(|(from, before)| *from <= place && place < *before)
+                .range(..=place)
+                .next_back()
+                .is_some_and(|(_, &before)| place < before)
     }
 }
 
@@ -317,14 +333,10 @@ impl Overlay {
                     .hidden_runs
                     .extend(generation.deleted_runs.range(from.0..=to.0));
             }
-            patch.hidden_ranges.extend(
-                generation
-                    .deleted_ranges
-                    .iter()
-                    .filter(|(first, _)| first.table == table)
-                    .map(|(first, end)| ((first.major, first.minor), (end.major, end.minor)))
-                    .filter(|&(first, end)| first < to && from < end),
-            );
+            let ranges = generation.deleted_ranges(table).range(..to).rev();
+            for (&first, &before) in ranges.take_while(|&(_, &before)| from < before) {
+                unite(&mut patch.hidden_ranges, first, before);
+            }
         }
         patch.hidden_runs.sort_unstable();
         let newer = self.filling.rows(table).range(from..to);

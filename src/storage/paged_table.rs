@@ -11,7 +11,7 @@ use ::sled::{IVec, Tree};
 
 use super::StorageError;
 use super::pages::{
-    self, EncodedPage, Entry, FILL_BYTES, PAGE_BYTES, PageError, PageKey, PageView, Place,
+    self, EncodedPage, Entry, FILL_BYTES, NONE, PAGE_BYTES, PageError, PageKey, PageView, Place,
     key_parts, page_key,
 };
 
@@ -178,6 +178,8 @@ pub(crate) struct Change<'a> {
     staged: BTreeMap<PageKey, Staged>,
     position: u64,
     bytes: usize,
+    firsts: &'a BTreeMap<u8, Place>,
+    new_firsts: BTreeMap<u8, Place>,
 }
 
 /// How far a bounded change came.
@@ -190,13 +192,15 @@ pub(crate) enum Progress {
 }
 
 impl<'a> Change<'a> {
-    /// Begins; the pages written will carry this log position.
-    pub(crate) fn new(tree: &'a Tree, position: u64) -> Self {
+    /// Begins; the pages written will carry this log position. `firsts`: where the first page of each table is.
+    pub(crate) fn new(tree: &'a Tree, position: u64, firsts: &'a BTreeMap<u8, Place>) -> Self {
         Self {
             table: PagedTable::new(tree),
             staged: BTreeMap::new(),
             position,
             bytes: 0,
+            firsts,
+            new_firsts: BTreeMap::new(),
         }
     }
 
@@ -229,8 +233,8 @@ impl<'a> Change<'a> {
             .map(|(key, page)| (key, page.old, page.new.as_ref().map(|(_, sum)| *sum)))
     }
 
-    /// The sled batch.
-    pub(crate) fn into_batch(self) -> ::sled::Batch {
+    /// The sled batch, and where tables begin that begin elsewhere now.
+    pub(crate) fn into_batch(self) -> (::sled::Batch, BTreeMap<u8, Place>) {
         let mut batch = ::sled::Batch::default();
         for (key, page) in self.staged {
             match page.new {
@@ -239,7 +243,7 @@ impl<'a> Change<'a> {
                 None => {}
             }
         }
-        batch
+        (batch, self.new_firsts)
     }
 
     /// Reads rows as they will be, at ascending places.
@@ -299,6 +303,15 @@ impl<'a> Change<'a> {
                 .iter()
                 .map(|(key, bytes)| parse(key, bytes))
                 .collect::<Result<Vec<_>, _>>()?;
+            for (at, view) in views.iter().enumerate() {
+                let follows = old.get(at + 1).or(next.as_ref());
+                if view.next() != follows.map_or(NONE, |(key, _)| key_parts(key).1) {
+                    return Err(corrupt(
+                        &old[at].0,
+                        PageError("the page that follows it is missing"),
+                    ));
+                }
+            }
             let before: Vec<Entry<'_>> = views.iter().flat_map(PageView::entries).collect();
             let (merged, shrunk) = merge(&before, &ops[..end]);
             if merged == before {
@@ -328,24 +341,31 @@ impl<'a> Change<'a> {
             let appended = merged
                 .last()
                 .is_some_and(|last| before.last().is_none_or(|b| b.place < last.place));
-            if let Some(long) = merged.iter().find(|e| e.value.len() > pages::ROW_BYTES) {
+            if let Some(bad) = merged
+                .iter()
+                .find(|e| e.value.len() > pages::ROW_BYTES || e.place == LAST)
+            {
                 return Err(StorageError::State {
                     what: "packing rows",
                     detail: format!(
                         "row {}/{:x}/{:x} has {} bytes",
                         char::from(table),
-                        long.place.0,
-                        long.place.1,
-                        long.value.len()
+                        bad.place.0,
+                        bad.place.1,
+                        bad.value.len()
                     ),
                 });
             }
+            let behind = next.map_or(NONE, |(key, _)| key_parts(&key).1);
             let mut written = Vec::new();
             let mut begun = 0;
             for cut in pages::cut(&merged, appended) {
-                written.push(pages::encode(table, self.position, &merged[begun..cut]));
+                let next = merged.get(cut).map_or(behind, |entry| entry.place);
+                written.push(pages::encode(table, self.position, next, &merged[begun..cut]));
                 begun = cut;
             }
+            let first_before = old.first().map(|(key, _)| key_parts(key).1);
+            let first_now = merged.first().map_or(behind, |entry| entry.place);
             let gone: Vec<(PageKey, u64)> = old
                 .iter()
                 .zip(&views)
@@ -356,6 +376,9 @@ impl<'a> Change<'a> {
             }
             for page in written {
                 self.put(page);
+            }
+            if first_before != Some(first_now) {
+                self.link(table, first_before.unwrap_or(first_now), first_now)?;
             }
             return Ok(end);
         }
@@ -396,7 +419,9 @@ impl<'a> Change<'a> {
                 .collect();
             let end = view.last();
             if doomed.len() == view.len() {
+                let next = view.next();
                 self.remove(key, view.checksum());
+                self.link(table, key_parts(&key).1, next)?;
             } else if !doomed.is_empty() {
                 let mut taken = 0;
                 while taken < doomed.len() {
@@ -409,6 +434,33 @@ impl<'a> Change<'a> {
             };
         }
         Ok(Progress::Done)
+    }
+
+    /// Makes the last page before a place, or the table, point to the page that follows now.
+    fn link(&mut self, table: u8, place: Place, next: Place) -> Result<(), StorageError> {
+        let before = match place_before(place) {
+            Some(place) => self.floor(table, place)?,
+            None => None,
+        };
+        match before {
+            Some((key, bytes)) => {
+                let checksum =
+                    pages::checked(&key, &bytes).map_err(|error| corrupt(&key, error))?;
+                self.remove(key, checksum);
+                self.put(pages::relink(key, &bytes, self.position, next));
+            }
+            None => {
+                let first = self.new_firsts.get(&table).or_else(|| self.firsts.get(&table));
+                if first.is_some_and(|&first| first < place.min(next)) {
+                    return Err(corrupt(
+                        &page_key(table, place),
+                        PageError("the first page of its table is missing"),
+                    ));
+                }
+                self.new_firsts.insert(table, next);
+            }
+        }
+        Ok(())
     }
 
     fn remove(&mut self, key: PageKey, checksum: u64) {
@@ -486,7 +538,7 @@ pub(crate) fn next_place(place: Place) -> Option<Place> {
 }
 
 /// The place in front of another one.
-fn place_before(place: Place) -> Option<Place> {
+pub(crate) fn place_before(place: Place) -> Option<Place> {
     match place {
         (0, 0) => None,
         (major, 0) => Some((major - 1, u64::MAX)),

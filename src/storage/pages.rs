@@ -3,12 +3,17 @@
 //! A page holds neighbouring rows of one table and is keyed by its first row. It does not know which page is the newest one
 //! (`digest.rs`) nor what a row means (`records/`).
 //!
-//! `key = table u8 | major u64 BE | minor u64 BE`, `value = version u8 | rows u16 | log position u64 | rows | xxh3-64`. A row
-//! is `major delta, minor (delta), length` as varints and its bytes. The checksum covers key and value, so a page can pass
-//! neither as another page nor with another byte.
+//! ```text
+//! key   = table u8 | major u64 BE | minor u64 BE
+//! value = version u8 | number of rows u16 | log position u64 | major and minor of the next page | rows | xxh3-64
+//! row   = major delta, minor (delta), length as varints | bytes
+//! ```
 //!
-//! Invariants: a page is never over [`PAGE_BYTES`]; its rows ascend strictly; the first row is the key. Decoding believes
-//! nothing before it has checked it (I17).
+//! The checksum covers key and value, so a page can pass neither as another page nor with another byte. A page names the one
+//! that follows, so that a page that is gone is noticed by whoever lands on the one before it.
+//!
+//! Invariants: a page is never over [`PAGE_BYTES`]; its rows ascend strictly; the first row is the key; the next page begins
+//! behind the last row. Decoding believes nothing before it has checked it (I17).
 
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
@@ -20,8 +25,13 @@ pub(crate) const FILL_BYTES: usize = 3_712;
 const LONELY_BYTES: usize = 2_048;
 /// The largest value of a row, headers of runs with their digests included.
 pub(crate) const ROW_BYTES: usize = PAGE_BYTES - OVERHEAD - ROW_OVERHEAD;
-/// Version, number of rows, position, checksum.
-const OVERHEAD: usize = 1 + 2 + 8 + 8;
+/// Where the rows begin: behind version, number of rows, position and next page.
+const ROWS_AT: usize = 1 + 2 + 8 + NEXT_BYTES;
+const POSITION_AT: usize = 3;
+const NEXT_AT: usize = 11;
+const NEXT_BYTES: usize = 16;
+/// That and the checksum.
+const OVERHEAD: usize = ROWS_AT + 8;
 /// Three varints at most.
 const ROW_OVERHEAD: usize = 10 + 10 + 2;
 /// Version of the page format.
@@ -34,6 +44,9 @@ pub(crate) type PageKey = [u8; KEY_BYTES];
 
 /// Major and minor of a row.
 pub(crate) type Place = (u64, u64);
+
+/// Stands for the next page when there is none.
+pub(crate) const NONE: Place = (u64::MAX, u64::MAX);
 
 /// The key that a page has whose first row is this one.
 pub(crate) fn page_key(table: u8, place: Place) -> PageKey {
@@ -83,6 +96,7 @@ pub(crate) struct PageView<'a> {
     bytes: &'a [u8],
     slots: Vec<Slot>,
     position: u64,
+    next: Place,
     checksum: u64,
 }
 
@@ -98,13 +112,14 @@ impl<'a> PageView<'a> {
             return Err(PageError("the page version is unknown"));
         }
         let n = usize::from(u16::from_le_bytes([bytes[1], bytes[2]]));
-        let position = word_at(bytes, 3);
+        let position = word_at(bytes, POSITION_AT);
+        let next = (word_at(bytes, NEXT_AT), word_at(bytes, NEXT_AT + 8));
         let end = bytes.len() - 8;
         if n == 0 || n > end {
             return Err(PageError("the number of rows is impossible"));
         }
         let mut slots = Vec::with_capacity(n);
-        let mut at = 11;
+        let mut at = ROWS_AT;
         let mut place = first;
         for index in 0..n {
             let major = read_varint(&bytes[..end], &mut at)?;
@@ -144,10 +159,14 @@ impl<'a> PageView<'a> {
         if at != end {
             return Err(PageError("bytes follow the last row"));
         }
+        if next <= place {
+            return Err(PageError("the next page begins before the last row"));
+        }
         Ok(Self {
             bytes,
             slots,
             position,
+            next,
             checksum,
         })
     }
@@ -155,6 +174,11 @@ impl<'a> PageView<'a> {
     /// Log position that this page reaches.
     pub(crate) fn position(&self) -> u64 {
         self.position
+    }
+
+    /// Where the next page begins; [`NONE`] for the last one.
+    pub(crate) fn next(&self) -> Place {
+        self.next
     }
 
     /// Its checksum.
@@ -228,7 +252,7 @@ pub(crate) fn checked(key: &[u8], bytes: &[u8]) -> Result<u64, PageError> {
 
 /// The log position that a page states, once [`checked`] has passed.
 pub(crate) fn stated_position(bytes: &[u8]) -> u64 {
-    word_at(bytes, 3)
+    word_at(bytes, POSITION_AT)
 }
 
 fn checksum_of(key: &[u8], body: &[u8]) -> u64 {
@@ -246,14 +270,31 @@ pub(crate) struct EncodedPage {
     pub(crate) checksum: u64,
 }
 
+/// The same page with another one behind it.
+pub(crate) fn relink(key: PageKey, bytes: &[u8], position: u64, next: Place) -> EncodedPage {
+    let mut bytes = bytes[..bytes.len() - 8].to_vec();
+    bytes[POSITION_AT..POSITION_AT + 8].copy_from_slice(&position.to_le_bytes());
+    bytes[NEXT_AT..NEXT_AT + 8].copy_from_slice(&next.0.to_le_bytes());
+    bytes[NEXT_AT + 8..ROWS_AT].copy_from_slice(&next.1.to_le_bytes());
+    let checksum = checksum_of(&key, &bytes);
+    bytes.extend_from_slice(&checksum.to_le_bytes());
+    EncodedPage {
+        key,
+        bytes,
+        checksum,
+    }
+}
+
 /// Packs rows that belong together into one page. They ascend strictly and fit.
-pub(crate) fn encode(table: u8, position: u64, entries: &[Entry<'_>]) -> EncodedPage {
+pub(crate) fn encode(table: u8, position: u64, next: Place, entries: &[Entry<'_>]) -> EncodedPage {
     let first = entries[0].place;
     let key = page_key(table, first);
     let mut bytes = Vec::with_capacity(PAGE_BYTES);
     bytes.push(VERSION);
     bytes.extend_from_slice(&(entries.len() as u16).to_le_bytes());
     bytes.extend_from_slice(&position.to_le_bytes());
+    bytes.extend_from_slice(&next.0.to_le_bytes());
+    bytes.extend_from_slice(&next.1.to_le_bytes());
     let mut before = first;
     for (at, entry) in entries.iter().enumerate() {
         debug_assert!(at == 0 || before < entry.place, "rows ascend");
@@ -472,11 +513,18 @@ mod tests {
             let mut seen = Vec::new();
             for end in ends {
                 assert!(end > begun, "no page is empty");
-                let page = encode(b'n', 42, &entries[begun..end]);
+                let page = encode(b'n', 42, NONE, &entries[begun..end]);
                 assert!(page.bytes.len() <= PAGE_BYTES);
                 let view = PageView::parse(&page.key, &page.bytes).expect("own page");
                 assert_eq!(view.position(), 42);
                 assert_eq!(view.checksum(), page.checksum);
+                let next = (view.last().0 + 1, 5);
+                let linked = relink(page.key, &page.bytes, 43, next);
+                let again = PageView::parse(&linked.key, &linked.bytes).expect("relinked page");
+                assert_eq!((again.position(), again.next()), (43, next));
+                assert!(again.entries().eq(view.entries()));
+                let wrong = relink(page.key, &page.bytes, 43, view.last());
+                assert!(PageView::parse(&wrong.key, &wrong.bytes).is_err());
                 for entry in view.entries() {
                     assert_eq!(view.get(entry.place), Some(entry.value));
                     seen.push((entry.place, entry.value.to_vec()));
@@ -522,8 +570,9 @@ mod tests {
         let page = encode(
             b'v',
             u64::MAX,
+            NONE,
             &[Entry {
-                place: (u64::MAX, u64::MAX),
+                place: (u64::MAX, u64::MAX - 1),
                 value: &value,
             }],
         );
@@ -537,7 +586,7 @@ mod tests {
         for round in 0..100_000_u32 {
             let n = 1 + (random(&mut seed) % 20) as usize;
             let rows = rows(&mut seed, n, 60);
-            let page = encode(b'n', random(&mut seed), &entries(&rows));
+            let page = encode(b'n', random(&mut seed), NONE, &entries(&rows));
             let mut key = page.key;
             let mut bytes = page.bytes.clone();
             match random(&mut seed) % 5 {

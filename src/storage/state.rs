@@ -20,9 +20,9 @@ use super::digest::{
 use super::meta::{META_KEY, Meta, StateMeta};
 use super::overlay::{Generation, TABLES};
 use super::paged_table::{
-    Change, LAST, Op, PagedTable, Progress, corrupt, next_place, parse,
+    Change, LAST, Op, PagedTable, Progress, corrupt, next_place, parse, place_before,
 };
-use super::pages::{self, FILL_BYTES, PageError, PageKey, Place, key_parts};
+use super::pages::{self, FILL_BYTES, NONE, PageError, PageKey, Place, key_parts};
 use super::row::Table;
 use super::sled::{Sled, guarded, sync_created};
 
@@ -60,8 +60,9 @@ pub(crate) struct State {
 /// How far a window has been applied.
 #[derive(Debug)]
 pub(crate) struct Window {
+    /// Of which table ranges are being deleted, and from where on.
     ranges: usize,
-    range_from: Option<Place>,
+    range_from: Place,
     runs: Vec<u64>,
     run_at: Option<(usize, Place)>,
     cursors: [Option<Place>; TABLES.len()],
@@ -72,7 +73,7 @@ impl Window {
     pub(crate) fn new(generation: &Generation) -> Self {
         Self {
             ranges: 0,
-            range_from: None,
+            range_from: (0, 0),
             runs: generation.deleted_runs().iter().rev().copied().collect(),
             run_at: None,
             cursors: [Some((0, 0)); TABLES.len()],
@@ -230,7 +231,7 @@ impl State {
         let reach = generation.reach();
         let mut meta = self.meta.clone();
         meta.high = meta.high.max(reach.position);
-        let mut change = Change::new(&self.sled.tree, meta.high);
+        let mut change = Change::new(&self.sled.tree, meta.high, &meta.firsts);
         let mut headers: BTreeMap<u8, Vec<(u64, Option<&[u8]>)>> = BTreeMap::new();
 
         let mut done = apply_ranges(generation, window, &mut change, budget)?;
@@ -256,7 +257,8 @@ impl State {
             };
         }
         self.written += change.bytes() as u64;
-        let mut batch = change.into_batch();
+        let (mut batch, firsts) = change.into_batch();
+        meta.firsts.extend(firsts);
         batch.insert(META_KEY, meta.encode());
         self.sled.tree.apply_batch(batch)?;
         self.meta = meta;
@@ -272,11 +274,15 @@ impl State {
             let page = self.pages().floor(byte, place)?;
             self.check_absent(byte, place.0, false)?;
             let Some((key, bytes)) = page else {
+                self.check_before_first(byte, place)?;
                 return Ok(None);
             };
             self.check_page(byte, key_parts(&key).1.0, false)?;
             let view = parse(&key, &bytes)?;
             self.check_position(&key, view.position())?;
+            if view.next() <= place {
+                return Err(missing(byte, view.next()));
+            }
             match view.get(place) {
                 None => Ok(None),
                 Some(value) => Ok(Some(Bytes::copy_from_slice(own_value(byte, &key, value)?))),
@@ -302,21 +308,24 @@ impl State {
             if last - first <= 1 {
                 self.check_absent(byte, first, true)?;
             }
-            let start = match self.pages().floor(byte, from)? {
-                Some((key, _)) => key_parts(&key).1,
-                None => from,
+            let (start, mut expected) = match self.pages().floor(byte, from)? {
+                Some((key, _)) => (key_parts(&key).1, key_parts(&key).1),
+                None => (from, self.meta.first(byte)),
             };
             let mut owner = None;
             let tree = self.sled.tree.clone();
             for page in PagedTable::new(&tree).pages(byte, start, to) {
                 let (key, bytes) = page?;
                 let place = key_parts(&key).1;
+                if place != expected {
+                    return Err(missing(byte, expected.min(place)));
+                }
                 if place >= to {
-                    break;
+                    return Ok(found);
                 }
                 if found.rows.len() >= limit {
                     found.next = Some(place.max(from));
-                    break;
+                    return Ok(found);
                 }
                 if owner != Some(place.0) {
                     self.check_page(byte, place.0, true)?;
@@ -324,6 +333,7 @@ impl State {
                 }
                 let view = parse(&key, &bytes)?;
                 self.check_position(&key, view.position())?;
+                expected = view.next();
                 let shared = Bytes::copy_from_slice(&bytes);
                 for at in view.lower_bound(from)..view.lower_bound(to) {
                     let range = view.value_range(at);
@@ -333,6 +343,10 @@ impl State {
                         .rows
                         .push((place, shared.slice(range.start + skipped..range.end)));
                 }
+            }
+            // sled's range includes the page at `to`, so nothing up to there may be expected.
+            if expected <= to && expected != NONE {
+                return Err(missing(byte, expected));
             }
             Ok(found)
         })
@@ -349,6 +363,8 @@ impl State {
             let byte = table as u8;
             let mut found = Found::default();
             let tree = self.sled.tree.clone();
+            // Which page must follow: the one seen before, or (at first) any behind the end.
+            let mut follows = None;
             for page in PagedTable::new(&tree).pages(byte, (0, 0), before).rev() {
                 let (key, bytes) = page?;
                 let place = key_parts(&key).1;
@@ -359,10 +375,22 @@ impl State {
                 self.check_page(byte, place.0, false)?;
                 let view = parse(&key, &bytes)?;
                 self.check_position(&key, view.position())?;
+                let next = view.next();
+                if follows.map_or(next <= before && next != NONE, |place| next != place) {
+                    return Err(missing(byte, next));
+                }
+                follows = Some(place);
                 for at in (0..view.lower_bound(before)).rev() {
                     let entry = view.entry(at);
                     let value = own_value(byte, &key, entry.value)?;
                     found.rows.push((entry.place, Bytes::copy_from_slice(value)));
+                }
+            }
+            if found.next.is_none() {
+                match follows {
+                    Some(first) if self.meta.first(byte) == first => {}
+                    Some(_) => return Err(missing(byte, self.meta.first(byte))),
+                    None => self.check_before_first(byte, before)?,
                 }
             }
             Ok(found)
@@ -381,6 +409,14 @@ impl State {
             sum.add(checksum);
         }
         Ok(sum)
+    }
+
+    /// Before it is believed that no page begins at or before a place.
+    fn check_before_first(&self, table: u8, place: Place) -> Result<(), StorageError> {
+        match self.meta.first(table) {
+            first if first <= place && first != NONE => Err(missing(table, first)),
+            _ => Ok(()),
+        }
     }
 
     fn check_position(&self, key: &PageKey, position: u64) -> Result<(), StorageError> {
@@ -513,6 +549,13 @@ fn own_value<'v>(table: u8, key: &PageKey, value: &'v [u8]) -> Result<&'v [u8], 
     }
 }
 
+fn missing(table: u8, place: Place) -> StorageError {
+    corrupt(
+        &pages::page_key(table, place),
+        PageError("it is missing, or another page claims that it is there"),
+    )
+}
+
 fn stale(what: &str, found: PageSum, expected: PageSum) -> StorageError {
     StorageError::Corrupt {
         record: what.into(),
@@ -541,24 +584,20 @@ fn apply_ranges(
     change: &mut Change<'_>,
     budget: usize,
 ) -> Result<bool, StorageError> {
-    while let Some((from, before)) = generation.deleted_ranges().get(window.ranges) {
-        let first = window.range_from.unwrap_or((from.major, from.minor));
-        // A range is not empty, so there is a place before its end.
-        let last = match (before.major, before.minor) {
-            (0, 0) => (0, 0),
-            (major, 0) => (major - 1, u64::MAX),
-            (major, minor) => (major, minor - 1),
-        };
-        match change.delete(from.table as u8, first, last, budget)? {
-            Progress::At(place) => {
-                window.range_from = Some(place);
+    while let Some(&table) = TABLES.get(window.ranges) {
+        // Ranges do not touch each other, so at most one begins before the place reached and ends behind it.
+        let ranges = generation.deleted_ranges(table);
+        for (&first, &before) in ranges.iter().filter(|&(_, &before)| before > window.range_from) {
+            // A range is not empty, so there is a place before its end.
+            let last = place_before(before).unwrap_or_default();
+            let first = first.max(window.range_from);
+            if let Progress::At(place) = change.delete(table as u8, first, last, budget)? {
+                window.range_from = place;
                 return Ok(false);
             }
-            Progress::Done => {
-                window.ranges += 1;
-                window.range_from = None;
-            }
         }
+        window.ranges += 1;
+        window.range_from = (0, 0);
     }
     Ok(true)
 }

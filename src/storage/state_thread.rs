@@ -23,15 +23,17 @@ use super::paged_table::next_place;
 use super::pages::Place;
 use super::row::{RowKey, Table};
 pub use super::rows::Rows;
-use super::sled::CACHE_BYTES;
+use super::sled::{CACHE_BYTES, guarded};
 use super::state::{Found, State, Window};
 use super::sync_shim::{boot_clock_ms, malloc_trim};
 
 /// Rows that one request to the storage thread brings back, about.
 const CHUNK_ROWS: usize = 2_048;
-/// A window of over this many bytes is followed by giving memory back to the system.
+/// After a window of over this many bytes, memory is given back to the system when all is quiet.
 const TRIM_BYTES: usize = 8 << 20;
-/// So long without a push counts as idle.
+/// So long without a request, memory is given back.
+const QUIET: Duration = Duration::from_secs(1);
+/// So long without a request counts as idle.
 const IDLE: Duration = Duration::from_secs(30);
 /// When idle, sled is reopened if it has written this much since its last open.
 const IDLE_REOPEN_BYTES: u64 = 128 << 20;
@@ -160,6 +162,7 @@ impl StateThread {
             state: Some(state),
             options,
             deferred: Vec::new(),
+            trim: false,
         };
         let thread = std::thread::Builder::new()
             .name("storage".into())
@@ -396,10 +399,27 @@ struct Worker {
     options: StateOptions,
     /// Requests that came while a window was being applied and need the one after it.
     deferred: Vec<Request>,
+    /// A large window has left memory behind that the allocator keeps.
+    trim: bool,
 }
 
 impl Worker {
     fn run(mut self, inbox: &Receiver<Request>) {
+        self.work(inbox);
+        let closed = self.close();
+        self.stop_on_error(closed);
+    }
+
+    /// sled writes what it has buffered, and may fail or panic at that.
+    fn close(&mut self) -> Result<(), StorageError> {
+        let state = self.state.take();
+        guarded("closing", move || {
+            drop(state);
+            Ok(())
+        })
+    }
+
+    fn work(&mut self, inbox: &Receiver<Request>) {
         loop {
             let request = match self.wait(inbox) {
                 Ok(request) => request,
@@ -410,9 +430,9 @@ impl Worker {
                 return;
             }
             if let Some(Request::Close(answer)) = request.and_then(|request| self.serve(request)) {
-                let closed = self.catch_up(inbox);
-                drop(self.state.take());
-                let _ = answer.send(closed);
+                let caught_up = self.catch_up(inbox);
+                let closed = self.close();
+                let _ = answer.send(caught_up.and(closed));
                 return;
             }
             if self.shared.failed.get().is_none() && self.is_due() {
@@ -427,18 +447,28 @@ impl Worker {
         if !self.deferred.is_empty() {
             return Ok(Some(self.deferred.remove(0)));
         }
-        let failed = self.shared.failed.get().is_some();
-        if !failed && self.shared.read().is_pending() {
-            return inbox.recv_timeout(self.due_in()).map(Some);
-        }
-        let written = self.state.as_ref().map_or(0, State::written);
-        if !failed && written >= IDLE_REOPEN_BYTES {
-            match inbox.recv_timeout(IDLE) {
-                Err(RecvTimeoutError::Timeout) => {
-                    let result = self.reopen();
-                    self.stop_on_error(result);
+        if self.shared.failed.get().is_none() {
+            if self.shared.read().is_pending() {
+                return inbox.recv_timeout(self.due_in()).map(Some);
+            }
+            if self.trim {
+                // Not after each window: it holds up every thread that allocates.
+                match inbox.recv_timeout(QUIET) {
+                    Err(RecvTimeoutError::Timeout) => {
+                        malloc_trim();
+                        self.trim = false;
+                    }
+                    other => return other.map(Some),
                 }
-                other => return other.map(Some),
+            }
+            if self.state.as_ref().map_or(0, State::written) >= IDLE_REOPEN_BYTES {
+                match inbox.recv_timeout(IDLE) {
+                    Err(RecvTimeoutError::Timeout) => {
+                        let result = self.reopen();
+                        self.stop_on_error(result);
+                    }
+                    other => return other.map(Some),
+                }
             }
         }
         inbox
@@ -497,6 +527,9 @@ impl Worker {
         &mut self,
         call: impl FnOnce(&mut State) -> Result<T, StorageError>,
     ) -> Result<T, StorageError> {
+        if self.shared.failed.get().is_some() {
+            return Err(self.shared.stopped());
+        }
         let Some(state) = self.state.as_mut() else {
             return Err(self.shared.stopped());
         };
@@ -563,11 +596,8 @@ impl Worker {
             .synced
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = (reach.position, reach.sequence);
-        let large = generation.bytes() >= TRIM_BYTES;
+        self.trim |= generation.bytes() >= TRIM_BYTES;
         drop((generation, applied));
-        if large {
-            malloc_trim();
-        }
         if state.written() >= self.options.reopen_bytes {
             self.reopen()?;
         }

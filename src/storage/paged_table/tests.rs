@@ -28,6 +28,7 @@ struct Bench {
     model: Model,
     sum: PageSum,
     position: u64,
+    firsts: BTreeMap<u8, Place>,
 }
 
 impl Bench {
@@ -39,6 +40,7 @@ impl Bench {
             model: Model::new(),
             sum: PageSum::default(),
             position: 0,
+            firsts: BTreeMap::new(),
         }
     }
 
@@ -51,9 +53,9 @@ impl Bench {
                 self.sum.add(checksum);
             }
         }
-        self.tree
-            .apply_batch(change.into_batch())
-            .expect("a sled batch");
+        let (batch, firsts) = change.into_batch();
+        self.firsts.extend(firsts);
+        self.tree.apply_batch(batch).expect("a sled batch");
     }
 
     fn write(&mut self, rows: &BTreeMap<Place, Option<Vec<u8>>>, budget: usize) {
@@ -67,8 +69,8 @@ impl Bench {
         let mut at = 0;
         while at < ops.len() {
             self.position += 1;
-            let tree = self.tree.clone();
-            let mut change = Change::new(&tree, self.position);
+            let (tree, firsts) = (self.tree.clone(), self.firsts.clone());
+            let mut change = Change::new(&tree, self.position, &firsts);
             at += change.apply(b'n', &ops[at..], budget).expect("apply");
             // A second pass over the same change reads what the first one staged.
             if at < ops.len() {
@@ -88,8 +90,8 @@ impl Bench {
         let mut from = first;
         loop {
             self.position += 1;
-            let tree = self.tree.clone();
-            let mut change = Change::new(&tree, self.position);
+            let (tree, firsts) = (self.tree.clone(), self.firsts.clone());
+            let mut change = Change::new(&tree, self.position, &firsts);
             let progress = change.delete(b'n', from, last, budget).expect("delete");
             assert!(change.touched() <= budget + 4, "bounded");
             self.finish(change);
@@ -109,10 +111,13 @@ impl Bench {
         let mut sum = PageSum::default();
         let mut pages = 0;
         let mut last = None;
+        let mut next = self.firsts.get(&b'n').copied().unwrap_or(NONE);
         for page in table.pages(b'n', (0, 0), LAST) {
             let (key, bytes) = page.expect("a page");
             assert!(bytes.len() <= PAGE_BYTES);
             let view = parse(&key, &bytes).expect("a whole page");
+            assert_eq!(key_parts(&key).1, next, "each page names the next one");
+            next = view.next();
             for entry in view.entries() {
                 assert!(last < Some(entry.place), "pages do not overlap");
                 last = Some(entry.place);
@@ -121,6 +126,7 @@ impl Bench {
             sum.add(view.checksum());
             pages += 1;
         }
+        assert_eq!(next, NONE, "and the last one none");
         assert_eq!(rows.len(), self.model.len());
         assert_eq!(rows, self.model);
         assert_eq!(sum, self.sum, "differences add up");
@@ -207,7 +213,7 @@ fn writing_the_same_again_touches_nothing() {
             value: value.as_deref(),
         })
         .collect();
-    let mut change = Change::new(&bench.tree, 99);
+    let mut change = Change::new(&bench.tree, 99, &bench.firsts);
     assert_eq!(change.apply(b'n', &ops, usize::MAX).expect("apply"), ops.len());
     assert_eq!(change.touched(), 0);
 }
@@ -238,7 +244,7 @@ fn pages_are_well_filled_when_rows_come_in_order_and_dust_is_swept() {
 #[test]
 fn a_row_that_is_too_long_is_an_error() {
     let bench = Bench::new();
-    let mut change = Change::new(&bench.tree, 1);
+    let mut change = Change::new(&bench.tree, 1, &bench.firsts);
     let value = vec![0; pages::ROW_BYTES + 1];
     let op = Op {
         place: (1, 1),

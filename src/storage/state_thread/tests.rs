@@ -425,6 +425,78 @@ fn a_page_that_went_back_to_an_older_state_is_found() {
 }
 
 #[test]
+fn a_page_that_is_gone_is_an_error_and_never_an_absent_row() {
+    let (_dir, path) = created();
+    let (thread, _) = StateThread::open(&path, by_hand()).expect("open");
+    let mut batch = RowBatch::default();
+    for run in 1..=600 {
+        // Small runs: most of them own no page and lie in a neighbour's.
+        batch.rows.push(row(Table::EndedRun, run, 0, Some(vec![1; 20])));
+        for table in [Table::Node, Table::Outcome, Table::Event] {
+            for minor in 0..3 {
+                batch.rows.push(row(table, run, minor, Some(vec![2; 30])));
+            }
+        }
+    }
+    thread.push(entry(1, batch));
+    thread.close().expect("close");
+    let whole = Sled::open(&path, CACHE_BYTES).expect("open");
+    let keys: Vec<_> = whole
+        .tree
+        .iter()
+        .map(|item| item.expect("an item").0)
+        .filter(|key| key.len() == 17)
+        .collect();
+    drop(whole);
+    let (mut errors, mut at_open) = (0, 0);
+    for key in keys {
+        let sled = Sled::open(&path, CACHE_BYTES).expect("open");
+        let page = sled.tree.remove(&key).expect("remove").expect("a page");
+        sled.sync().expect("sync");
+        drop(sled);
+        match State::open(&path, CACHE_BYTES) {
+            Err(_) => at_open += 1,
+            Ok(mut state) => {
+                let lost = parse_places(&key, &page);
+                let table = match key[0] {
+                    b'r' => Table::EndedRun,
+                    b'n' => Table::Node,
+                    b'v' => Table::Outcome,
+                    b'e' => Table::Event,
+                    other => panic!("table {other}"),
+                };
+                for place in lost {
+                    assert!(state.get(table, place).is_err(), "{table:?} {place:?}");
+                    assert!(state.scan(table, place, (place.0 + 1, 0), 9).is_err());
+                    assert!(state.scan_back(table, (place.0, place.1 + 1), 1).is_err());
+                    errors += 1;
+                }
+                assert!(state.scan(table, (0, 0), (u64::MAX, 0), usize::MAX).is_err());
+                assert!(state.scan_back(table, (u64::MAX, 0), usize::MAX).is_err());
+                if key[0] != b'r' {
+                    let other = state.get(Table::Arguments, (5, 5));
+                    assert_eq!(other.expect("another table is whole"), None);
+                }
+            }
+        }
+        let sled = Sled::open(&path, CACHE_BYTES).expect("open");
+        sled.tree.insert(&key, page).expect("insert");
+        sled.sync().expect("sync");
+    }
+    assert!(errors > 5_000 && at_open == 1, "{errors} {at_open}");
+    let mut state = State::open(&path, CACHE_BYTES).expect("whole again");
+    assert!(state.get(Table::Outcome, (300, 1)).expect("get").is_some());
+}
+
+fn parse_places(key: &[u8], page: &[u8]) -> Vec<Place> {
+    super::super::paged_table::parse(key, page)
+        .expect("a page")
+        .entries()
+        .map(|e| e.place)
+        .collect()
+}
+
+#[test]
 fn sled_keeps_nothing_in_blobs() {
     let (_dir, path) = created();
     let (thread, _) = StateThread::open(&path, by_hand()).expect("open");
@@ -471,7 +543,7 @@ fn windows_come_by_age_and_by_size_and_reads_go_on() {
     let options = StateOptions {
         window_ms: 50,
         window_bytes: 1 << 20,
-        reopen_bytes: 4 << 20,
+        reopen_bytes: 1 << 20,
         ..StateOptions::default()
     };
     let (thread, _) = StateThread::open(&path, options).expect("open");
@@ -498,6 +570,38 @@ fn windows_come_by_age_and_by_size_and_reads_go_on() {
     check(&*rows, &model, &mut 1, true);
     thread.close().expect("close");
     assert!(rows.get(row_key(Table::Node, (1, 1))).is_err(), "closed");
+}
+
+#[test]
+fn a_damaged_snapshot_of_sled_costs_time_and_nothing_else() {
+    let (_dir, path) = created();
+    let (thread, _) = StateThread::open(&path, by_hand()).expect("open");
+    let mut model = Model::new();
+    for sequence in 1..=30 {
+        let mut batch = RowBatch::default();
+        for node in 0..500 {
+            let value = Some(vec![sequence as u8; 50]);
+            batch.rows.push(row(Table::Node, sequence, node, value));
+        }
+        batch.rows.push(row(Table::EndedRun, sequence, 0, Some(vec![9])));
+        apply(&mut model, &batch);
+        thread.push(entry(sequence, batch));
+    }
+    thread.close().expect("close");
+    drop(StateThread::open(&path, by_hand()).expect("open")); // writes a snapshot
+    let snapshot = fs::read_dir(&path)
+        .expect("files")
+        .map(|file| file.expect("a file").path())
+        .find(|file| file.file_name().is_some_and(|name| name.to_string_lossy().starts_with("snap.")))
+        .expect("a snapshot");
+    let mut bytes = fs::read(&snapshot).expect("read");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    fs::write(&snapshot, bytes).expect("write");
+    let (thread, _) = StateThread::open(&path, by_hand()).expect("open without the snapshot");
+    check(&*thread.rows(), &model, &mut 8, true);
+    let name = format!("damaged-{}", snapshot.file_name().expect("a name").to_string_lossy());
+    assert!(path.join(name).exists(), "it is kept, not deleted");
 }
 
 #[test]
