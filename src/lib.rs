@@ -1,3 +1,4 @@
 //! Dagorama.
 pub mod broker;
+pub mod engine;
 pub mod storage;
