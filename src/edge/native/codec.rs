@@ -70,8 +70,6 @@ pub struct Submit {
     pub root: u32,
     /// The nodes.
     pub nodes: Vec<Node>,
-    /// xxh3-64 of what is submitted, without the key. Set by the decoder, ignored by the encoder.
-    pub content: u64,
 }
 
 /// The answer to a submission (§6).
@@ -523,7 +521,6 @@ impl Cursor {
     fn submit(&mut self) -> Result<Submit, Malformed> {
         let key_length = self.u16("key_length")?;
         let key = self.slice(u32::from(key_length), "key")?;
-        let start = self.at;
         let tags_length = self.u16("tags_length")?;
         let tags = self.slice(u32::from(tags_length), "tags")?;
         let n_nodes = self.u32("n_nodes")?;
@@ -537,7 +534,6 @@ impl Cursor {
             tags,
             root,
             nodes,
-            content: xxh3_64(&self.bytes[start..self.at]),
         })
     }
 }
