@@ -33,6 +33,8 @@ pub(super) struct Peer {
     pub(super) requests: Arc<Semaphore>,
     /// WAITs without a reply.
     pub(super) waits: Arc<Semaphore>,
+    /// The tasks of those: nobody waits any more when the connection has closed.
+    pub(super) waiting: requests::Waiting,
 }
 
 /// Why a connection ends.
@@ -108,6 +110,7 @@ async fn serve(
         definitions: Definitions::default(),
         requests: Arc::clone(requests),
         waits: Arc::new(Semaphore::new(shared.limits.waits_per_connection)),
+        waiting: requests::Waiting::new(),
     };
     match hello.kind {
         Kind::Client => {
