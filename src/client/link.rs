@@ -3,7 +3,7 @@
 //! One task owns the reading half; requests may come from any task. Whatever the broker pushes goes to a [`Push`], on that task. Invariant:
 //! a request is in `pending` until it is answered, so a broken connection loses none; one that is not safe to repeat is failed instead.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -550,5 +550,3 @@ fn welcome(frame: &Frame) -> Result<Welcome, Attempt> {
     }
 }
 
-/// What the link is asked to remember between connections, by attempt.
-pub(super) type Held = HashMap<codec::AttemptName, tokio::task::AbortHandle>;

@@ -18,7 +18,7 @@ use tracing::{debug, info, warn};
 use super::ClientError;
 use super::call::{Call, Failure, Recorded, Returned, name};
 use super::completions::{Batch, Credit, Ended, completion};
-use super::link::{Held, Link, Push};
+use super::link::{Link, Push};
 use crate::broker::types::Spec;
 use crate::edge::convert;
 use crate::edge::native::codec::{self, AttemptName, Lease};
@@ -36,6 +36,9 @@ enum Handler {
     Async(Arc<Async>),
     Bundle(Arc<Bundle>),
 }
+
+/// Calls that run on tasks, by attempt. Without a handle: one of a bundle, which is not aborted for one of its calls.
+type Held = HashMap<AttemptName, Option<tokio::task::AbortHandle>>;
 
 /// What a worker has done.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -218,7 +221,9 @@ impl WorkerBuilder {
             warn!("some calls did not end in time and are given back");
         }
         for (_, task) in shared.held().drain() {
-            task.abort();
+            if let Some(task) = task {
+                task.abort();
+            }
         }
         let goodbye = link.ask(Verb::Goodbye, false, |_| ());
         let _ = tokio::time::timeout(Duration::from_secs(2), goodbye.parts()).await;
@@ -263,8 +268,12 @@ async fn flush(shared: Arc<Shared>, link: Link) {
 }
 
 async fn drained(shared: &Shared, link: &Link) {
-    while !(shared.held().is_empty() && link.all_finished()) {
-        shared.dirty.notify_one();
+    loop {
+        let idle = shared.held().is_empty();
+        shared.ready().flush(link, &shared.credit);
+        if idle && link.all_finished() {
+            return;
+        }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -374,7 +383,8 @@ impl Push for Running {
             Verb::Revoke => {
                 let mut held = self.shared.held();
                 for name in codec::decode_revoke(frame.body)? {
-                    if let Some(task) = held.remove(&name) {
+                    // A bundle runs on for its other calls; this one's result is dropped.
+                    if let Some(Some(task)) = held.remove(&name) {
                         task.abort();
                         self.shared.credit.ended(1);
                     }
@@ -507,7 +517,7 @@ impl Running {
             observe(&shared.credit, began);
             report.end(vec![result]);
         });
-        held.insert(name, task.abort_handle());
+        held.insert(name, Some(task.abort_handle()));
     }
 
     fn spawn_bundle(&self, link: &Link, mut calls: Vec<Call>, handler: Arc<Bundle>) {
@@ -524,7 +534,10 @@ impl Running {
         let names: Vec<AttemptName> = calls.iter().map(Call::name).collect();
         let shared = Arc::clone(&self.shared);
         let mut held = self.shared.held();
-        let task = tokio::spawn(async move {
+        for name in names {
+            held.insert(name, None);
+        }
+        tokio::spawn(async move {
             let Ok(_slot) = Arc::clone(&shared.slots).acquire_owned().await else {
                 return;
             };
@@ -540,9 +553,6 @@ impl Running {
             observe(&shared.credit, began);
             report.end(results);
         });
-        for name in names {
-            held.insert(name, task.abort_handle());
-        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! Invariants: before a HELLO with the right token nothing reaches a handler and nothing is told (G18, I21); what one connection can
 //! make this process hold is bounded in bytes and in requests (I20); a session is detached once, by the connection that has it.
 
+use std::collections::HashSet;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use super::json::{self, Kind};
 use super::server::Shared;
 use super::{requests, session};
 use crate::broker::command::{Attach, Code, Command, Rejection, Reply};
-use crate::broker::types::SessionId;
+use crate::broker::types::{Attempt, NodeKey, SessionId};
 use crate::edge::convert::{self, Definitions};
 
 /// What requests of a connection need.
@@ -29,6 +30,8 @@ pub(super) struct Peer {
     /// The worker's session.
     pub(super) session: Option<SessionId>,
     pub(super) definitions: Definitions,
+    /// Leases that the session held when it came back: those it may release without their tokens, which it may never have received.
+    pub(super) inherited: HashSet<(NodeKey, Attempt)>,
     /// Requests without a reply.
     pub(super) requests: Arc<Semaphore>,
     /// WAITs without a reply.
@@ -108,6 +111,7 @@ async fn serve(
         outgoing: outgoing.clone(),
         session: None,
         definitions: Definitions::default(),
+        inherited: HashSet::new(),
         requests: Arc::clone(requests),
         waits: Arc::new(Semaphore::new(shared.limits.waits_per_connection)),
         waiting: requests::Waiting::new(),
@@ -128,6 +132,7 @@ async fn serve(
             peer.session = Some(session);
             let pushing = match attached.await {
                 Ok(Reply::Attached(attached)) => {
+                    peer.inherited = attached.leases.iter().copied().collect();
                     let leases = attached.leases.iter();
                     let leases = leases
                         .map(|(node, attempt)| (node.run.0, node.node.0, attempt.0))

@@ -16,9 +16,9 @@ use super::frame::{self, Frame, Malformed, Verb};
 use super::io::Outgoing;
 use super::{documents, json, outcomes};
 use crate::broker::command::{
-    Answer, Code, Command, Completion, CreateChildren, NewNode, Query, Rejection, Reply, Submission,
+    Answer, AttemptEnd, Code, Command, Completion, CreateChildren, NewNode, Query, Rejection, Reply, Submission,
 };
-use crate::broker::types::{Body, NodeKey, Payload, RunId, RunSeq, SessionId};
+use crate::broker::types::{Body, LeaseToken, NodeKey, Payload, RunId, RunSeq, SessionId};
 use crate::edge::convert;
 use crate::engine::{Handle, Stopped};
 use crate::storage::StorageError;
@@ -210,7 +210,9 @@ async fn finish(peer: &Peer, request: Request, body: Bytes) {
     // Where each completion stood in the frame; empty while nothing is missing, which is always but for errors.
     let mut positions: Vec<u32> = Vec::new();
     for (position, item) in items.into_iter().enumerate() {
-        match convert::completion(item, &peer.definitions) {
+        let completion = convert::completion(item, &peer.definitions)
+            .and_then(|completion| may_release(peer, completion));
+        match completion {
             Ok(completion) => {
                 if !refused.is_empty() {
                     positions.push(position as u32);
@@ -261,6 +263,22 @@ async fn finish(peer: &Peer, request: Request, body: Bytes) {
         };
         request.answer(answer).await;
     });
+}
+
+/// A release without a token is only for a lease that the session held when it came back. The broker relies on this check.
+fn may_release(peer: &Peer, completion: Completion) -> Result<Completion, Rejection> {
+    let has_token = completion.token != LeaseToken([0; 16]);
+    let name = (completion.node, completion.attempt);
+    if has_token || completion.end != AttemptEnd::Released || peer.inherited.contains(&name) {
+        return Ok(completion);
+    }
+    Err(Rejection::new(
+        Code::LeaseUnknown,
+        format!(
+            "this session did not hold attempt {} of node {} when it came back: release it with its token",
+            completion.attempt.0, completion.node
+        ),
+    ))
 }
 
 async fn create(peer: &Peer, request: Request, body: Bytes) {
@@ -477,7 +495,6 @@ fn node_is_large(node: &NewNode) -> bool {
 }
 
 fn completion_is_large(completion: &Completion) -> bool {
-    use crate::broker::command::AttemptEnd;
     let body = match &completion.end {
         AttemptEnd::Value(body)
         | AttemptEnd::Structure { body, .. }
@@ -488,7 +505,6 @@ fn completion_is_large(completion: &Completion) -> bool {
 }
 
 fn payloads_of_completion(completion: &mut Completion) -> impl Iterator<Item = &mut Payload> {
-    use crate::broker::command::AttemptEnd;
     let body = match &mut completion.end {
         AttemptEnd::Value(body)
         | AttemptEnd::Structure { body, .. }
