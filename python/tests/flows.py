@@ -81,7 +81,7 @@ def spread(n: int) -> list[int]:
 
 @action
 def consume(parts: dict[str, Any]) -> int:
-    return sum(parts["list"]) + parts["point"].x + parts["box"].content["deep"][0]
+    return int(sum(parts["list"]) + parts["point"].x + parts["box"].content["deep"][0])
 
 
 @action
@@ -106,7 +106,7 @@ def boxed(n: int) -> Box:
 
 @action
 def use_structure(value: dict[str, Any]) -> int:
-    return int(value["a"]) + value["b"][0].x + value["b"][2]["c"]
+    return int(value["a"] + value["b"][0].x + value["b"][2]["c"])
 
 
 @action
