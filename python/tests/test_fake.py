@@ -1,0 +1,266 @@
+"""Flows through the real client and worker code, over sockets, on the fake broker."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import running
+from fake import FakeBroker
+
+from dagorama import ActionFailed, BrokerUnavailable, Cancelled, Client, DagoramaError, EarlyUse, NotSerialisable, Run
+
+
+@pytest.mark.parametrize("value", [
+    0, 1, -1, 2**63, -(2**63), 2**200, 0.0, 1.5, float("inf"), "", "ä\n\"", "\ud800", b"", b"\0x", None, True, False, [], {}, (), set(),
+    [0, None, False, ""], {"a": [1, {"b": 2.5}]}, {1: 2}, (1, 2), {"$dagorama": 0}, [(1,)], [float("nan")] * 0, range(3)])
+def test_values(flows: Any, value: Any) -> None:
+    got = flows.same.submit(value).result(10)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("name, args, expected", [
+    ("add", (1, 2), 3), ("fan", (50,), 2450), ("spread", (5,), [0, 2, 4, 6, 8]), ("anywhere", (), 17), ("structured", (5,), 27),
+    ("nest", (60,), None), ("down", (60,), 0), ("mapped", (5,), 40), ("star", (4,), 46), ("aflow", (5,), 15), ("nap", (1,), 2),
+    ("batched", (10,), 570), ("judged", (), ["ok 8", "failed ValueError", "failed ValueError"]),
+    ("batch_bad", (), ["ok 4", "failed ValueError", "ok 16"]), ("ordered", (), "c"), ("flaky", ("a", 2), 2), ("flushed", (10,), 90),
+    ("gives_action", (4,), 8), ("big_between", (3 << 20,), 3 << 20), ("fan", (1500,), 2248500)])
+def test_flows(flows: Any, name: str, args: tuple[Any, ...], expected: Any) -> None:
+    got = getattr(flows, name).submit(*args).result(30)
+    if name == "nest":
+        depth = 0
+        while got:
+            got, depth = got[0], depth + 1
+        assert depth == 60
+    else:
+        assert got == expected
+
+
+def test_structures_are_filled_in_with_the_types_they_had(flows: Any) -> None:
+    assert flows.structure.submit(1).result(10) == {"a": 2, "b": [flows.Point(1, 2, ["t"]), None, {"c": 4}], "box": 7}
+    assert flows.boxed.submit(2).result(10) == flows.Box("l", [4, 4])
+
+
+def test_methods_carry_their_object(flows: Any) -> None:
+    assert flows.Scaler(3).many.submit(4).result(10) == 18
+    assert flows.Scaler(2).scale(5) == 10
+
+
+def test_delay(flows: Any) -> None:
+    assert flows.delayed.submit().result(10) >= 0.19
+
+
+def test_failure_has_traceback_cause_and_node(flows: Any) -> None:
+    with pytest.raises(ActionFailed, match=r"flows.fail failed: ValueError: boo") as caught:
+        flows.fail.submit("boo").result(10)
+    error = caught.value
+    assert (error.action, error.attempts) == ("flows.fail", 1) and error.node_id.endswith("/0")
+    assert isinstance(error.__cause__, ValueError) and error.__cause__.args == ("boo",)
+    assert "raise ValueError(text)" in error.remote_traceback and "_executor" not in error.remote_traceback
+
+
+def test_failure_rebuilds_the_chain_of_causes(flows: Any) -> None:
+    with pytest.raises(ActionFailed) as caught:
+        flows.fail_with_cause.submit().result(10)
+    cause = caught.value.__cause__
+    assert isinstance(cause, flows.Oops) and (cause.code, cause.detail) == (7, "outer")
+    assert isinstance(cause.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("name, text", [("fail_stubborn", "stubborn"), ("fail_hard", "SystemExit: no")])
+def test_odd_exceptions_only_fail_their_node(flows: Any, name: str, text: str) -> None:
+    with pytest.raises(ActionFailed, match=text):
+        getattr(flows, name).submit().result(10)
+    assert flows.add.submit(1, 1).result(10) == 2
+
+
+def test_failure_flows_to_the_root(flows: Any) -> None:
+    with pytest.raises(ActionFailed, match="deep") as caught:
+        flows.chain_of_failure.submit().result(10)
+    assert caught.value.action == "flows.fail"
+
+
+def test_retry_policy_of_options_reaches_the_worker(flows: Any) -> None:
+    with pytest.raises(ActionFailed) as caught:
+        flows.flaky_never.submit().result(10)
+    assert caught.value.attempts == 1
+    with pytest.raises(ActionFailed) as caught:
+        flows.flaky.submit("b", 9).result(10)
+    assert caught.value.attempts == 3
+
+
+def test_what_cannot_be_stored_names_argument_and_path(flows: Any) -> None:
+    with pytest.raises(ActionFailed, match=r"result of flows.unpicklable_result .* result\['a'\]\[1\] is a _thread.lock"):
+        flows.unpicklable_result.submit().result(10)
+    with pytest.raises(ActionFailed, match=r"argument 'value' of flows.same .* value\['a'\]\[1\].content is a _thread.lock"):
+        flows.unpicklable_argument.submit().result(10)
+    with pytest.raises(NotSerialisable, match=r"argument 'b' of flows.add cannot be stored: b\[0\] is a _thread.lock"):
+        flows.add.submit(1, b=[threading.Lock()])
+
+
+def test_early_use_fails_the_attempt_with_the_rewrite(flows: Any) -> None:
+    with pytest.raises(ActionFailed, match=r"(?s)flows.double.*is not known yet.*return use") as caught:
+        flows.early.submit().result(10)
+    assert isinstance(caught.value.__cause__, EarlyUse)
+
+
+def test_current(flows: Any) -> None:
+    run = flows.whoami.submit()
+    assert run.result(10) == [run.id, f"{run.id}/0", 1, f"{run.id}/0", None]
+
+
+def test_wrong_calls_are_refused_where_they_are_made(flows: Any) -> None:
+    with pytest.raises(TypeError, match="flows.add"):
+        flows.add.submit(1)
+    with pytest.raises(TypeError, match="positional"):
+        flows.squares.submit(xs=1)
+
+
+def test_cancel_reaches_running_code(flows: Any) -> None:
+    run = flows.wait_for_cancel.submit()
+    time.sleep(0.1)
+    run.cancel("enough")
+    with pytest.raises(Cancelled):
+        run.result(10)
+    assert run.state() == "cancelled"
+    assert flows.add.submit(1, 1).result(10) == 2
+
+
+def test_key_makes_submit_idempotent(flows: Any) -> None:
+    a = flows.add.options(key="k")
+    assert a.submit(1, 2).id == a.submit(1, 2).id != flows.add.submit(1, 2).id
+
+
+def test_result_timeout_and_resume(flows: Any, fake: FakeBroker) -> None:
+    run = flows.wait_for_cancel.submit()
+    with pytest.raises(TimeoutError):
+        run.result(0.2)
+    with pytest.raises(DagoramaError, match="RUN_NOT_ENDED"):
+        run.retry()
+    run.cancel()
+    failed = flows.fail.submit("x")
+    with pytest.raises(ActionFailed):
+        failed.result(10)
+    failed.retry()
+    with pytest.raises(ActionFailed):
+        failed.result(10)
+
+
+def test_async_client(flows: Any) -> None:
+    async def main() -> list[int]:
+        runs = [await flows.nap.asubmit(i) for i in range(20)]
+        many = await asyncio.gather(*runs)
+        with pytest.raises(ActionFailed):
+            await (await flows.fail.asubmit("x"))
+        assert await (await flows.structure.asubmit(1))
+        return many
+
+    assert asyncio.run(main()) == list(range(1, 21))
+
+
+def test_emit_by_name_and_client_run(flows: Any, client: Client, fake: FakeBroker) -> None:
+    run = client.emit("flows.add", 1, b=2)
+    assert isinstance(client.run(run.id), Run)
+    assert fake.runs[-1].nodes[0].spec["by_name"] and fake.runs[-1].nodes[0].body == b'{"args":[1],"kwargs":{"b":2}}'
+    assert client.run(run.id).result(10) == 3
+    with pytest.raises(DagoramaError, match="UNKNOWN_RUN"):
+        client.run("99-0123456789abcdef").result(1)
+
+
+def test_refused_submission_has_the_code_of_the_broker(flows: Any, fake: FakeBroker) -> None:
+    fake.refuse = {"code": "DISK_FULL", "message": "the disk is nearly full", "retryable": True}
+    with pytest.raises(DagoramaError, match="DISK_FULL") as caught:
+        flows.add.submit(1, 2)
+    assert caught.value.code == "DISK_FULL"
+
+
+def test_wrong_token(fake: FakeBroker) -> None:
+    import flows
+
+    with Client(fake.url, token="wrong"), pytest.raises(DagoramaError) as caught:
+        flows.add.submit(1, 2)
+    assert caught.value.code == "UNAUTHENTICATED"
+
+
+def test_broker_down_is_named_with_its_url_and_the_command() -> None:
+    import flows
+
+    with Client("dagorama://127.0.0.1:1", timeout=0.2), pytest.raises(
+            BrokerUnavailable, match=r"dagorama://127\.0\.0\.1:1 .*dagorama serve"):
+        flows.add.submit(1, 2)
+
+
+def test_hint_after_two_seconds_without_a_worker(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    import flows
+
+    with pytest.raises(TimeoutError):
+        flows.add.submit(1, 2).result(2.6)
+    assert capsys.readouterr().err.count("dagorama worker") == 1
+
+
+def test_lost_connections_are_invisible(flows: Any, fake: FakeBroker) -> None:
+    run = flows.leaves.submit(60, 0.01)
+    for _ in range(8):
+        time.sleep(0.05)
+        fake.drop()
+    assert run.result(20) == sum(range(60))
+    ended = [entry[1][:2] for entry in fake.log if entry[0] == "end" and entry[1][3] < 3]
+    assert len(ended) == len(set(ended)) == 62
+    assert len(fake.runs) == 1
+
+
+def test_a_late_outcome_is_refused_and_harms_nobody(flows: Any, fake: FakeBroker) -> None:
+    run = flows.leaves.submit(4, 0.3)
+    time.sleep(0.2)
+    for connection in list(fake.connections):
+        fake.lose(connection.session)
+    assert run.result(20) == 6
+    assert [entry for entry in fake.log if entry[0] == "refused"]
+
+
+def test_process_isolation_timeouts_crashes_and_drain(fake: FakeBroker, client: Client, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    import flows
+
+    monkeypatch.setenv("DAGORAMA_JOURNAL", str(tmp_path / "journal"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with running(isolation="process", concurrency=2):
+        assert flows.fan.submit(100).result(20) == 9900
+        assert flows.too_long.submit("a").result(20) == "attempt 2"
+        run = flows.kill_me.submit()
+        journal = tmp_path / "journal"
+        until = time.monotonic() + 20
+        while "kill_me 1" not in journal.read_text() and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        assert fake.runs[-1].nodes[0].kind == "leased"  # neither released nor finished: a loss, in time
+        run.cancel()
+        assert flows.fan.submit(10).result(20) == 90
+    said = journal.read_text().split()
+    assert said.count("too_long") == 2
+    assert len([entry for entry in fake.log if entry[0] == "goodbye"]) >= 2
+    assert set(fake.heartbeats) >= {1, 2, 3}
+
+
+def test_no_isolation_runs_in_the_calling_thread(fake: FakeBroker, client: Client) -> None:
+    import flows
+
+    run = flows.fan.submit(20)
+    from dagorama import Worker
+
+    Worker("flows", isolation="none").run(until_idle=True)
+    assert run.result(5) == 380
+
+
+def test_prefetched_calls_are_given_back_when_one_is_slow(fake: FakeBroker, client: Client) -> None:
+    import flows
+
+    with running(concurrency=1):
+        assert flows.fan.submit(300).result(20) == 89700  # learns that calls are fast
+        run = flows.leaves.submit(30, 0.06)
+        assert run.result(20) == sum(range(30))
+    assert [entry for entry in fake.log if entry[0] == "end" and entry[1][3] == 5]
