@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::broker::outcome::{Effect, Fact};
 use crate::broker::types::{
-    Attempt, KeyHash, LeaseToken, NameId, NodeKey, NodeRecord, Progress, RunRecord, RunSeq,
+    Attempt, BodyEnd, KeyHash, LeaseToken, NameId, NodeKey, NodeRecord, Progress, RunRecord, RunSeq,
     RunState,
 };
 
@@ -20,7 +20,7 @@ pub(super) struct Audit {
     letters: BTreeMap<NameId, u64>,
     names: BTreeSet<NameId>,
     specs: BTreeSet<u32>,
-    keys: BTreeMap<KeyHash, u64>,
+    keys: BTreeMap<KeyHash, (Option<RunSeq>, u64)>,
     tokens: BTreeMap<LeaseToken, (NodeKey, Attempt)>,
     /// Outcomes applied so far, for the figures that a suite prints.
     pub(super) outcomes: u64,
@@ -113,11 +113,14 @@ impl Audit {
                     format!("outcome of the unknown node {node}")
                 })
             }
-            Fact::Key { key, at, .. } => {
-                let before = self.keys.insert(*key, at.0);
-                ensure(before.is_none(), || {
-                    format!("G11: key {:x} was taken twice", key.0)
-                })
+            Fact::Key { key, run, at, .. } => {
+                // It may be written again to say that its run was deleted.
+                let owner = (run.map(|run| run.seq), at.0);
+                let before = self.keys.insert(*key, owner);
+                ensure(
+                    before.is_none_or(|before| before == owner && owner.0.is_some()),
+                    || format!("G11: key {:x} was taken twice", key.0),
+                )
             }
             Fact::KeysExpired { keys } => keys.iter().try_for_each(|key| {
                 ensure(self.keys.remove(key).is_some(), || {
@@ -155,7 +158,8 @@ impl Audit {
                     format!("I12: {node} is owed twice in round {round}")
                 })?;
                 ensure(
-                    matches!(self.nodes.get(node), Some(Some(record)) if terminal(record.progress)),
+                    matches!(self.nodes.get(node), Some(Some(record)) if terminal(record.progress)
+                        || matches!(record.body, BodyEnd::Tail(_))),
                     || format!("I12: {node} is owed before it has ended"),
                 )
             }

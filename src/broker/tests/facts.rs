@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::script::SECRET;
-use crate::broker::outcome::Fact;
-use crate::broker::types::{RunSeq, Timestamp};
+use crate::broker::command::Command;
+use crate::broker::outcome::{Fact, Tx};
+use crate::broker::types::{RunSeq, Timestamp, Turn, WallTime};
 use crate::broker::{Broker, Restoring, Settings};
 
 /// The number of the first run of a new store.
@@ -138,14 +139,32 @@ fn latest(facts: &[Fact]) -> Vec<Fact> {
     all
 }
 
+/// Whether time has passed something that the next tick will see: a rebuilt broker sees it at once.
+pub(super) fn is_due(broker: &Broker, now: Timestamp, wall: WallTime) -> bool {
+    broker.next_deadline().is_some_and(|at| at <= now)
+        || broker.next_wall_deadline().is_some_and(|at| at <= wall)
+}
+
+/// A rebuilt broker does not know the date before its first turn.
+pub(super) fn learn_date(broker: &mut Broker, now: Timestamp, wall: WallTime) {
+    if broker.next_wall_deadline().is_some_and(|at| at <= wall) {
+        let mut tx = Tx::default();
+        let turn = Turn { now, wall, seed: 0 };
+        broker.apply(&mut tx, turn, Command::Tick);
+        assert!(tx.facts.is_empty(), "waking writes nothing: {:?}", tx.facts);
+    }
+}
+
 /// The lines in which two texts differ.
 pub(super) fn difference(a: &str, b: &str) -> String {
     let (left, right): (BTreeSet<&str>, BTreeSet<&str>) =
         (a.lines().collect(), b.lines().collect());
     let only = |of: &BTreeSet<&str>, not: &BTreeSet<&str>, sign: &str| -> String {
-        of.difference(not)
+        let lines: Vec<_> = of
+            .difference(not)
             .map(|line| format!("{sign} {line}\n"))
-            .collect()
+            .collect();
+        lines.concat()
     };
     let lines = only(&left, &right, "runs:    ") + &only(&right, &left, "restored:");
     if lines.is_empty() {

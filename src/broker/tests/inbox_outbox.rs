@@ -108,10 +108,10 @@ scripts! {
         @1 finish a #1 value -> ok, b #1 to w1, done owes, all owes
         @2 finish b #1 fail -> ok, r settled, r ended, all owes
         @3 outbox done -> cursor 1 next 2
-        @3 outbox all -> cursor 1 next 3
+        @3 outbox all -> cursor 1 next 4
         @3 outbox g -> cursor 1 next 1
         @3 outbox nowhere -> UNKNOWN_NAME
-        @3 totals -> runs 0 nodes 0 ready 0 leases 0 sessions 1 keys 0 outbox all=2 outbox done=1
+        @3 totals -> runs 0 nodes 0 ready 0 leases 0 sessions 1 keys 0 outbox all=3 outbox done=1
     ";
     a_repeated_completion_owes_nothing_more: "
         settings output=all:*:sf
@@ -141,15 +141,16 @@ scripts! {
         @2 finish b #1 value -> ok, r settled, r ended, all owes
         @3 outbox all -> cursor 1 next 2
     ";
-    skipped_and_cancelled_nodes_owe_nothing: "
-        settings output=all:*:sf
+    a_skipped_node_is_owed_as_a_failure_and_a_cancelled_one_is_not: "
+        settings output=all:*:sf output=good:*:s
         @0 attach w1 -> attached
         @0 credit w1 1 -> ok
         @0 submit r: a, b on a -> r new, a #1 to w1
         @0 submit s: c -> s new
         @1 finish a #1 fail -> ok, r settled, r ended, all owes
         @2 cancel s -> ok, s settled, s ended
-        @3 outbox all -> cursor 1 next 2
+        @3 outbox all -> cursor 1 next 3
+        @3 outbox good -> cursor 1 next 1
     ";
     a_resumed_node_is_owed_once_more: "
         settings output=all:*:sf

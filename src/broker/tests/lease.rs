@@ -35,7 +35,7 @@ scripts! {
         @0 attach w1 -> attached
         @0 credit w1 1 -> ok
         @1 submit r: a -> r new, a #1 to w1
-        @99 touch w1 nobody -> ok
+        @99 touch w1 nobody -> ok, UNKNOWN_SESSION
         @99 tick -> ok
         @100 nodes r -> a leased #1
     ";
@@ -73,7 +73,7 @@ scripts! {
         @12 finish a #2 retryable -> ok
         @12 explain r node a -> a backoff 22 failures 1 losses 1
         @20 touch w1 -> ok
-        @22 credit w1 1 -> ok
+        @21 credit w1 1 -> ok
         @22 tick -> ok, a #3 to w1
         @23 finish a #3 value -> ok, r settled, r ended
     ";
@@ -92,7 +92,8 @@ scripts! {
         @9 restart -> ok
         @18 tick -> ok
         @18 nodes r -> a leased #1
-        @19 tick -> ok, revoke a #1 from w1
+        @19 tick -> ok
+        @19 nodes r -> a ready #1 (lease lost)
     ";
     a_token_still_holds_after_a_restart: "
         @0 attach w1 -> attached

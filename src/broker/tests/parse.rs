@@ -128,15 +128,14 @@ fn nodes(world: &World, text: &str) -> (Vec<NewNode>, Vec<String>, Vec<Arc<Spec>
         let head = head.split('*').next().expect("a label");
         let name = head.split_once(':').map_or("f", |(_, spec)| spec);
         let mut node = NewNode {
-            spec: match name.strip_prefix("spec=") {
-                Some(raw) => raw.parse().expect("a position of a spec"),
-                None => {
-                    let spec = world.spec(name);
-                    specs.iter().position(|s| *s == spec).unwrap_or_else(|| {
-                        specs.push(spec);
-                        specs.len() - 1
-                    }) as u32
-                }
+            spec: if let Some(raw) = name.strip_prefix("spec=") {
+                raw.parse().expect("a position of a spec")
+            } else {
+                let spec = world.spec(name);
+                specs.iter().position(|s| *s == spec).unwrap_or_else(|| {
+                    specs.push(spec);
+                    specs.len() - 1
+                }) as u32
             },
             arguments: payload(Codec::Json, b"[]"),
             inputs: Vec::new(),
@@ -149,8 +148,8 @@ fn nodes(world: &World, text: &str) -> (Vec<NewNode>, Vec<String>, Vec<Arc<Spec>
                 "bytes" => node.arguments = payload(Codec::Raw, &vec![7; words.number()]),
                 "pickle" => node.arguments = payload(Codec::Pickle, b"P"),
                 "stored" => node.arguments.body = Body::Stored(stored(words.number())),
-                word => {
-                    let mode = match word {
+                how => {
+                    let mode = match how {
                         "on" => InputUse::Value,
                         "any" => InputUse::Outcome,
                         "after" => InputUse::After,
@@ -348,7 +347,7 @@ pub(super) fn command(world: &World, text: &str) -> Option<Parsed> {
             Command::Finish(items)
         }
         "create" => {
-            let (head, tail) = rest.split_once(": ").unwrap_or((rest, ""));
+            let (head, tail) = rest.split_once(": ").unwrap_or((rest.trim_end_matches(':'), ""));
             let (children, names, specs) = nodes(world, tail);
             let mut words = Words::new(head);
             let (label, node, attempt, mut token) = lease(world, &mut words);

@@ -251,12 +251,11 @@ pub(super) fn answer(world: &World, answer: &Answer) -> String {
         Answer::No(rejection) => code(rejection),
         Answer::Run(summary) => {
             let seq = summary.run.seq;
-            let counts: String = summary
-                .counts
-                .iter()
-                .filter(|(_, n)| **n > 0)
+            let counts = summary.counts.iter().filter(|(_, n)| **n > 0);
+            let counts: Vec<_> = counts
                 .map(|(state, n)| format!(" {}={n}", state.as_str()))
                 .collect();
+            let counts = counts.concat();
             format!(
                 "{} round {} root {} at {} events {}{counts}",
                 summary.state.as_str(),
@@ -275,7 +274,7 @@ pub(super) fn answer(world: &World, answer: &Answer) -> String {
             };
             reasons.iter().map(one).collect::<Vec<_>>().join(", ")
         }
-        Answer::Nodes(nodes) => {
+        Answer::Nodes(list) => {
             let one = |summary: &crate::broker::command::NodeSummary| {
                 let attempt = match summary.attempt.0 {
                     0 => String::new(),
@@ -291,13 +290,13 @@ pub(super) fn answer(world: &World, answer: &Answer) -> String {
                     note(summary.note)
                 )
             };
-            nodes.iter().map(one).collect::<Vec<_>>().join(", ")
+            list.iter().map(one).collect::<Vec<_>>().join(", ")
         }
-        Answer::Runs(runs) => {
+        Answer::Runs(list) => {
             let one = |summary: &crate::broker::command::RunSummary| {
                 format!("{} {}", run(world, summary.run.seq), summary.state.as_str())
             };
-            runs.iter().map(one).collect::<Vec<_>>().join(", ")
+            list.iter().map(one).collect::<Vec<_>>().join(", ")
         }
         Answer::Value { node: at, state } => {
             format!("{} {}", in_asked_run(world, *at), state.as_str())
@@ -307,7 +306,8 @@ pub(super) fn answer(world: &World, answer: &Answer) -> String {
                 of.iter()
                     .filter(|(_, n)| **n > 0)
                     .map(|(key, n)| format!(" {name} {key}={n}"))
-                    .collect::<String>()
+                    .collect::<Vec<_>>()
+                    .concat()
             };
             format!(
                 "runs {} nodes {} ready {} leases {} sessions {} keys {}{}{}",
@@ -327,13 +327,9 @@ pub(super) fn answer(world: &World, answer: &Answer) -> String {
             next,
             confirmed,
         } => {
-            let confirmed: String = confirmed.iter().map(|seq| format!(" {seq}")).collect();
-            let word = if confirmed.is_empty() {
-                ""
-            } else {
-                " confirmed"
-            };
-            format!("cursor {cursor} next {next}{word}{confirmed}")
+            let seqs: Vec<_> = confirmed.iter().map(|seq| format!(" {seq}")).collect();
+            let word = if seqs.is_empty() { "" } else { " confirmed" };
+            format!("cursor {cursor} next {next}{word}{}", seqs.concat())
         }
     };
     if text.is_empty() {

@@ -14,7 +14,7 @@ scripts! {
         @51 submit r key k: a -> RUN_EXPIRED
         @52 restart -> ok
         @53 submit r key k: a -> RUN_EXPIRED
-        @60 submit x key k content z: a -> SUBMISSION_CONFLICT
+        @60 submit x key k content z: a -> RUN_EXPIRED
         @99 tick -> ok
         @99 submit r key k: a -> RUN_EXPIRED
         @101 tick -> ok
@@ -29,7 +29,7 @@ scripts! {
         @0 submit r: a -> r new
         @1 cancel r -> ok, r settled, r ended
         @2 expire r -> ok
-        @3 expire r -> UNKNOWN_RUN
+        @3 expire r -> ok
         @3 resume r -> UNKNOWN_RUN
         @3 cancel r -> UNKNOWN_RUN
         @3 nodes r -> UNKNOWN_RUN
@@ -51,10 +51,10 @@ scripts! {
         @0 credit w1 9 -> ok
         @0 submit r: a, b -> r new, a #1 to w1, b #1 to w1
         @1 finish a #1 value | b #1 value -> ok, ok, r settled, r ended, all owes
-        @2 expire r -> OUTBOX_FULL
+        @2 expire r -> RUN_NOT_ENDED
         @3 confirm all 2 -> ok
         @3 restart -> ok
-        @4 expire r -> OUTBOX_FULL
+        @4 expire r -> RUN_NOT_ENDED
         @5 confirm all 1 -> ok
         @6 expire r -> ok
     ";
@@ -65,7 +65,7 @@ scripts! {
         @0 submit r from pages key k: a -> r new, a #1 to w1
         @1 finish a #1 value -> ok, r settled, r ended
         @2 expire r -> ok
-        @3 submit x from pages key k: a -> existing
+        @3 submit x from pages key k: a -> r existing
         @100 tick -> ok
         @101 submit x from pages key k: a -> x new
     ";

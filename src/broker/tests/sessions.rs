@@ -24,7 +24,7 @@ scripts! {
         @1 credit w2 1 -> ok
         @2 detach w1 -> ok
         @6 tick -> ok
-        @7 tick -> ok, a #2 to w2, revoke a #1 from w1
+        @7 tick -> ok, a #2 to w2
         @8 attach w1 -> attached
         @8 finish a #1 value -> LEASE_EXPIRED
     ";
@@ -34,7 +34,7 @@ scripts! {
         @0 submit r: a -> r new, a #1 to w1
         @8 detach w1 -> ok
         @9 tick -> ok
-        @10 tick -> ok, revoke a #1 from w1
+        @10 tick -> ok
     ";
     a_late_completion_of_a_detached_session_is_accepted_before_the_sweep: "
         @0 attach w1 -> attached
@@ -66,7 +66,7 @@ scripts! {
         @0 submit r: a -> r new, a #1 to w1
         @1 detach w1 -> ok
         @3 touch w1 -> ok
-        @6 tick -> ok, revoke a #1 from w1
+        @6 tick -> ok
     ";
     a_goodbye_releases_all_leases: "
         @0 attach w1 -> attached
@@ -85,7 +85,7 @@ scripts! {
         @0 credit w9 1 -> UNKNOWN_SESSION
         @0 detach w9 -> UNKNOWN_SESSION
         @0 close w9 -> UNKNOWN_SESSION
-        @0 touch w9 -> ok
+        @0 touch w9 -> UNKNOWN_SESSION
     ";
     attaching_again_replaces_what_the_session_can_do: "
         @0 attach w1 actions f -> attached
@@ -121,7 +121,7 @@ scripts! {
         @2 restart -> ok
         @6 tick -> ok
         @11 tick -> ok
-        @12 tick -> ok, revoke a #1 from w1
+        @12 tick -> ok
     ";
     a_lease_is_offered_to_one_session_only: "
         @0 attach w1 -> attached

@@ -103,8 +103,8 @@ scripts! {
         @0 submit r: a, b on a*2 -> GRAPH_CYCLE
         @0 submit r: a, b on new:7 -> UNKNOWN_NODE
         @0 submit r: a, b on old:0 -> UNKNOWN_NODE
-        @0 submit r: a, b on new:0*4294967295 -> UNKNOWN_NODE
-        @0 submit r: a, b on new:4294967295*4294967295 -> UNKNOWN_NODE
+        @0 submit r: a, b on new:0*4294967295 -> GRAPH_TOO_LARGE
+        @0 submit r: a, b on new:4294967295*1 -> UNKNOWN_NODE
         @0 totals -> runs 0 nodes 0 ready 0 leases 0 sessions 0 keys 0
     ";
     a_large_body_must_be_stored_first: "
@@ -122,7 +122,7 @@ scripts! {
     ";
     an_empty_list_is_answered_with_an_empty_list: "
         @0 expire -> nothing
-        @0 touch -> ok
+        @0 touch -> nothing
     ";
     runs_get_ascending_numbers_across_a_restart: "
         @0 submit r: a -> r new
@@ -137,7 +137,7 @@ scripts! {
         @1 run r~ -> UNKNOWN_RUN
         @1 nodes ghost -> UNKNOWN_RUN
         @1 explain ghost -> UNKNOWN_RUN
-        @1 value ghost/0 -> UNKNOWN_RUN
+        @1 value ghost/0 -> UNKNOWN_NODE
         @1 value r/7 -> UNKNOWN_NODE
         @1 nodes r limit 1 -> a ready
     ";

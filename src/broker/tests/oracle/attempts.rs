@@ -52,6 +52,7 @@ impl Oracle {
         let run = self.run(item.node.run).expect("fenced");
         let at = item.node.node.0 as usize;
         let now = self.now;
+        let retry = self.retry_of(run, at);
         let stays = matches!(item.end, AttemptEnd::Failed { .. } | AttemptEnd::Released);
         if !stays {
             if item
@@ -86,9 +87,9 @@ impl Oracle {
                     mode: InputUse::Value,
                 };
                 node.references = each(&one, base).collect();
+                node.tail = true;
             }
             AttemptEnd::Failed { retryable, .. } => {
-                let retry = node.spec.retry;
                 node.failures += 1;
                 if *retryable && node.failures < retry.max_attempts {
                     let mut delay = retry.delay_ms;
@@ -182,8 +183,10 @@ impl Oracle {
                 node.stage = Stage::Settling;
                 continue;
             }
-            if node.stage == Stage::Backoff {
+            // A delay that a cancelled node was still waiting for goes on; nothing else does.
+            if node.stage != Stage::Open {
                 node.not_before = 0;
+                node.not_before_wall = WallTime(0);
             }
             node.stage = Stage::Open;
             node.ready_since = None;
@@ -210,7 +213,22 @@ impl Oracle {
         Expect::Yes
     }
 
-    /// Leases lapse, delays and backoffs end. Nothing else makes time pass.
+    /// Delays and backoffs end with the first command after their time.
+    pub(super) fn wake(&mut self) {
+        let (now, wall) = (self.now, self.wall);
+        for at in 0..self.runs.len() {
+            let run = &mut self.runs[at];
+            for node in &mut run.nodes {
+                if node.stage == Stage::Backoff && node.not_before <= now && !run.cancelled {
+                    node.stage = Stage::Open;
+                }
+                node.woken |= node.not_before <= now && node.not_before_wall <= wall;
+            }
+            self.settle(at);
+        }
+    }
+
+    /// Leases lapse with a tick, so that what has arrived before counts.
     pub(super) fn tick(&mut self) {
         let lapsed: Vec<SessionId> = self
             .sessions
@@ -225,29 +243,20 @@ impl Oracle {
             .map(|session| session.id)
             .collect();
         for session in lapsed {
+            let attached = self.is_attached(session);
             for (run, at) in self.leases_of(session) {
                 let key = NodeKey::new(self.runs[run].id.seq, NodeIndex(at as u32));
+                let most = self.retry_of(run, at).max_losses;
                 let node = &mut self.runs[run].nodes[at];
-                self.deeds.revoked.insert((session, key, node.attempt));
+                if attached {
+                    self.deeds.revoked.insert((session, key, node.attempt));
+                }
                 node.losses += 1;
-                let lost = node.losses >= node.spec.retry.max_losses;
+                let lost = node.losses >= most;
                 node.stage = if lost { Stage::Failed } else { Stage::Open };
                 if lost {
                     self.owe(run, at);
                 }
-            }
-        }
-        let (now, wall) = (self.now, self.wall);
-        for run in &mut self.runs {
-            for node in run
-                .nodes
-                .iter_mut()
-                .filter(|_| !run.cancelled && !run.ended)
-            {
-                if node.stage == Stage::Backoff && node.not_before <= now {
-                    node.stage = Stage::Open;
-                }
-                node.woken |= node.not_before <= now && node.not_before_wall <= wall;
             }
         }
         for run in 0..self.runs.len() {
@@ -352,6 +361,12 @@ impl Oracle {
                         .any(|(at, mode)| *mode != InputUse::Outcome && bad(*at)) =>
                 {
                     Stage::Skipped
+                }
+                // A tail call has the state of the node it handed over to.
+                Stage::Settling
+                    if node.tail && nodes[node.references[0] as usize].stage.terminal() =>
+                {
+                    nodes[node.references[0] as usize].stage
                 }
                 Stage::Settling if node.references.iter().any(|at| bad(*at)) => Stage::Failed,
                 Stage::Settling

@@ -16,8 +16,8 @@ use crate::broker::command::{
 };
 use crate::broker::outcome::{Effect, Lease};
 use crate::broker::types::{
-    Attempt, InputUse, KeyHash, NodeIndex, NodeKey, NodeState, Note, RunId, RunSeq, RunState,
-    SessionId, Spec, Turn, WallTime,
+    Attempt, InputUse, KeyHash, NodeIndex, NodeKey, NodeState, Note, Retry, RunId, RunSeq,
+    RunState, SessionId, Spec, Turn, WallTime,
 };
 use crate::broker::{OutputRule, Settings};
 
@@ -68,11 +68,17 @@ pub(in crate::broker::tests) struct OracleNode {
     digest: Option<u64>,
     released: bool,
     references: Vec<u32>,
+    /// The one reference is a tail call.
+    tail: bool,
     children: Vec<u32>,
     ready_since: Option<u64>,
 }
 
 #[derive(Debug, Clone)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "as the documentation says it, not as a machine would"
+)]
 pub(in crate::broker::tests) struct OracleRun {
     pub(in crate::broker::tests) id: RunId,
     pub(in crate::broker::tests) root: u32,
@@ -114,9 +120,9 @@ pub(in crate::broker::tests) struct OracleOutbox {
 
 impl OracleOutbox {
     pub(in crate::broker::tests) fn cursor(&self) -> u64 {
-        (1..)
-            .find(|seq| !self.confirmed.contains(seq))
-            .expect("an end")
+        let mut all = 1..=self.next + 1;
+        all.find(|seq| !self.confirmed.contains(seq))
+            .unwrap_or(self.next + 1)
     }
 }
 
@@ -169,6 +175,7 @@ impl Oracle {
         self.now = turn.now.0;
         self.wall = turn.wall;
         self.deeds = Deeds::default();
+        self.wake();
     }
 
     /// What may be said to a command that is not a list of submissions; and does it.
@@ -258,11 +265,11 @@ impl Oracle {
             Command::DeadLetter(letters) => letters
                 .iter()
                 .map(|letter| {
-                    let consumed =
-                        self.consume(&letter.origin.route, &letter.origin.identity, None);
-                    if !consumed {
+                    let origin = &letter.origin;
+                    if !self.is_new(&origin.route, &origin.identity) {
                         return Expect::Again;
                     }
+                    self.consume(&origin.route, &origin.identity, None);
                     let n = self
                         .letters
                         .iter()
@@ -305,32 +312,35 @@ impl Oracle {
         }
     }
 
-    /// Takes a position or key; whether it was new.
-    fn consume(&mut self, route: &Arc<str>, identity: &Identity, run: Option<RunId>) -> bool {
+    /// Whether a message was not applied before.
+    fn is_new(&self, route: &Arc<str>, identity: &Identity) -> bool {
         match identity {
             Identity::Position {
                 partition,
                 position,
-                next,
+                ..
             } => {
                 let at = self
                     .positions
-                    .entry((Arc::clone(route), Arc::clone(partition)))
-                    .or_default();
-                if position < at {
-                    return false;
-                }
-                *at = *next;
-                true
+                    .get(&(Arc::clone(route), Arc::clone(partition)));
+                at.is_none_or(|at| position >= at)
             }
-            Identity::Key(key) => {
-                if self.keys.iter().any(|taken| taken.0 == *key) {
-                    return false;
-                }
-                self.keys.push((*key, run, 0));
-                true
-            }
+            Identity::Key(key) => self.keys.iter().all(|taken| taken.0 != *key),
             Identity::DeadLetter { .. } | Identity::None => true,
+        }
+    }
+
+    /// Takes its position or key.
+    fn consume(&mut self, route: &Arc<str>, identity: &Identity, run: Option<RunId>) {
+        match identity {
+            Identity::Position {
+                partition, next, ..
+            } => {
+                self.positions
+                    .insert((Arc::clone(route), Arc::clone(partition)), *next);
+            }
+            Identity::Key(key) => self.keys.push((*key, run, 0)),
+            Identity::DeadLetter { .. } | Identity::None => {}
         }
     }
 
@@ -340,37 +350,38 @@ impl Oracle {
         submission: &Submission,
         given: Option<RunId>,
     ) -> Expect {
-        if submission
-            .nodes
-            .iter()
-            .enumerate()
-            .any(|(i, node)| bad_inputs(node, i))
-        {
-            return Expect::No(&[Code::GraphCycle]);
+        // A repetition is recognised before anything else is looked at.
+        if let Some(origin) = &submission.origin {
+            if let Identity::DeadLetter { seq } = origin.identity
+                && !self
+                    .letters
+                    .contains(&(Arc::clone(&origin.route), seq, true))
+            {
+                return Expect::No(&[Code::UnknownName]);
+            }
+            if !self.is_new(&origin.route, &origin.identity) {
+                return Expect::Again;
+            }
         }
         if let Some(key) = submission.key
             && let Some((_, run, content)) = self.keys.iter().find(|taken| taken.0 == key.hash)
         {
-            if *content != key.content {
-                return Expect::No(&[Code::SubmissionConflict]);
-            }
             let kept = run.is_some_and(|run| self.run(run.seq).is_some());
-            return if kept {
-                Expect::Again
-            } else {
-                Expect::No(&[Code::RunExpired])
+            return match (kept, *content == key.content) {
+                (true, true) => Expect::Again,
+                (true, false) => Expect::No(&[Code::SubmissionConflict]),
+                (false, _) => Expect::No(&[Code::RunExpired]),
             };
+        }
+        let mut nodes = submission.nodes.iter().enumerate();
+        if nodes.any(|(i, node)| bad_inputs(node, i)) {
+            return Expect::No(&[Code::GraphCycle]);
         }
         if let Some(origin) = &submission.origin {
             if let Identity::DeadLetter { seq } = origin.identity {
-                let taken = self.take_letter(&origin.route, seq);
-                if taken != Expect::Yes {
-                    return taken;
-                }
+                self.take_letter(&origin.route, seq);
             }
-            if !self.consume(&origin.route, &origin.identity, given) {
-                return Expect::Again;
-            }
+            self.consume(&origin.route, &origin.identity, given);
         }
         let Some(id) = given else { return Expect::Yes };
         if let Some(key) = submission.key {
@@ -424,6 +435,7 @@ impl Oracle {
                 digest: None,
                 released: false,
                 references: Vec::new(),
+                tail: false,
                 children: Vec::new(),
                 ready_since: None,
             });

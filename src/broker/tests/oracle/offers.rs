@@ -3,6 +3,21 @@
 use super::*;
 
 impl Oracle {
+    /// The policy of a node started by name is that of the action as announced last.
+    pub(super) fn retry_of(&self, run: usize, at: usize) -> Retry {
+        let spec = &self.runs[run].nodes[at].spec;
+        self.resolved(spec)
+            .map(|spec| spec.retry)
+            .unwrap_or_default()
+    }
+
+    /// Whether there is a connection on which a session could be told something.
+    pub(super) fn is_attached(&self, id: SessionId) -> bool {
+        self.sessions
+            .iter()
+            .any(|session| session.id == id && session.attached)
+    }
+
     /// Waits for nothing: I6.
     pub(super) fn has_inputs(&self, run: usize, node: usize) -> bool {
         let nodes = &self.runs[run].nodes;

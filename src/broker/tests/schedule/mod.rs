@@ -217,6 +217,10 @@ impl Schedule {
     }
 
     /// Asks both, and compares all that can be seen.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "called with what was just made"
+    )]
     fn step(&mut self, command: Command) -> Result<(), String> {
         self.trace
             .push(format!("@{} wall {} {command:?}", self.now, self.wall));
@@ -265,6 +269,7 @@ impl Schedule {
         self.fault("restart");
         self.trace.push(format!("@{} restart", self.now));
         self.broker = self.rebuilt();
+        facts::learn_date(&mut self.broker, Timestamp(self.now), WallTime(self.wall));
         self.oracle.turn(self.turn());
         self.oracle.restart();
         self.compare_everything()
@@ -347,6 +352,10 @@ impl Schedule {
     }
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "called with what was just made"
+)]
 fn same<T: PartialEq + std::fmt::Debug>(is: T, expected: T, what: &str) -> Result<(), String> {
     if is == expected {
         Ok(())
