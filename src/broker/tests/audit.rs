@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::broker::outcome::{Effect, Fact};
 use crate::broker::types::{
-    Attempt, BodyEnd, KeyHash, LeaseToken, NameId, NodeKey, NodeRecord, Progress, RunRecord, RunSeq,
-    RunState,
+    Attempt, BodyEnd, KeyHash, LeaseToken, NameId, NodeKey, NodeRecord, Progress, RunRecord,
+    RunSeq, RunState,
 };
 
 /// Reads facts in the order of their commit and complains about the first that cannot be.

@@ -347,7 +347,9 @@ pub(super) fn command(world: &World, text: &str) -> Option<Parsed> {
             Command::Finish(items)
         }
         "create" => {
-            let (head, tail) = rest.split_once(": ").unwrap_or((rest.trim_end_matches(':'), ""));
+            let (head, tail) = rest
+                .split_once(": ")
+                .unwrap_or((rest.trim_end_matches(':'), ""));
             let (children, names, specs) = nodes(world, tail);
             let mut words = Words::new(head);
             let (label, node, attempt, mut token) = lease(world, &mut words);

@@ -124,7 +124,7 @@ scripts! {
         @2 finish b #1 fail -> ok, r settled
         @2 nodes r -> a leased #1, b failed #1 (attempt failed), z skipped for b
         @3 finish a #1 value -> ok, r ended
-        @3 run r -> failed round 1 root skipped at z events 7 succeeded=1 failed=1 skipped=1
+        @3 run r -> failed round 1 root skipped at z events 8 succeeded=1 failed=1 skipped=1
     ";
     a_child_of_a_failed_node_is_skipped_at_birth: "
         @0 attach w1 -> attached

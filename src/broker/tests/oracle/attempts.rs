@@ -140,17 +140,19 @@ impl Oracle {
         let Some(at) = self.run(id.seq).filter(|at| self.runs[*at].id == id) else {
             return Expect::No(&[Code::UnknownRun]);
         };
-        let run = &mut self.runs[at];
-        if run.ended {
+        if self.runs[at].ended {
             return Expect::Again;
         }
-        run.cancelled = true;
-        for (i, node) in (0..).zip(&run.nodes) {
-            if let Stage::Leased(session) = node.stage {
-                let key = NodeKey::new(id.seq, NodeIndex(i));
+        for i in 0..self.runs[at].nodes.len() {
+            let node = &self.runs[at].nodes[i];
+            if let Stage::Leased(session) = node.stage
+                && self.is_attached(session)
+            {
+                let key = NodeKey::new(id.seq, NodeIndex(i as u32));
                 self.deeds.revoked.insert((session, key, node.attempt));
             }
         }
+        self.runs[at].cancelled = true;
         self.settle(at);
         self.forget_idle_sessions();
         Expect::Yes
@@ -190,6 +192,16 @@ impl Oracle {
             }
             node.stage = Stage::Open;
             node.ready_since = None;
+            // Resuming takes the newest code.
+            if let Some(newest) = self.announced.get(&node.spec.action)
+                && !node.spec.by_name
+            {
+                let fingerprint = newest.fingerprint.clone();
+                node.spec = Arc::new(Spec {
+                    fingerprint,
+                    ..Spec::clone(&node.spec)
+                });
+            }
             node.woken = node.not_before <= now && node.not_before_wall <= wall;
         }
         self.settle(at);

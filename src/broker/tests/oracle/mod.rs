@@ -175,6 +175,7 @@ impl Oracle {
         self.now = turn.now.0;
         self.wall = turn.wall;
         self.deeds = Deeds::default();
+        self.forget_idle_sessions();
         self.wake();
     }
 
@@ -243,12 +244,14 @@ impl Oracle {
             },
             Command::Touch(ids) => {
                 let now = self.now;
-                for id in ids {
-                    if let Some(session) = self.session(*id) {
+                let mut touch = |id: &SessionId| match self.session(*id) {
+                    Some(session) => {
                         session.last_seen = now;
+                        Expect::Again
                     }
-                }
-                vec![Expect::Again]
+                    None => UNKNOWN,
+                };
+                ids.iter().map(&mut touch).collect()
             }
             Command::Finish(items) => items.iter().map(|item| self.finish(item)).collect(),
             Command::CreateChildren(request) => vec![self.create(request)],
@@ -257,7 +260,7 @@ impl Oracle {
             Command::ConfirmOutbox { output, seqs } => {
                 let outbox = self.outboxes.entry(Arc::clone(output)).or_default();
                 if seqs.iter().any(|seq| *seq == 0 || *seq > outbox.next) {
-                    return vec![Expect::No(&[Code::InvalidRequest])];
+                    return vec![Expect::No(&[Code::InvalidRequest, Code::UnknownName])];
                 }
                 outbox.confirmed.extend(seqs);
                 vec![Expect::Yes]

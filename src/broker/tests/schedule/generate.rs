@@ -69,13 +69,13 @@ impl Schedule {
     pub(super) fn command(&mut self) -> Command {
         let w = session(["w1", "w2", "w3"][self.rng.index(3)]);
         match self.rng.below(100) {
-            0..=11 => self.submit(),
-            12..=19 => self.attach(),
-            20..=31 => Command::Credit {
+            0..=10 => self.submit(),
+            11..=14 => self.attach(),
+            15..=26 => Command::Credit {
                 session: w,
                 calls: 1 + self.rng.below(4) as u32,
             },
-            32..=57 => self.finish(),
+            27..=57 => self.finish(),
             58..=62 => self.create(),
             63..=76 => Command::Tick,
             77..=83 => Command::Touch(vec![w]),

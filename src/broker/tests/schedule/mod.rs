@@ -174,6 +174,15 @@ impl Schedule {
     /// Plays it; the first thing that is not as it must be.
     pub(in crate::broker::tests) fn play(&mut self) -> Result<(), String> {
         let steps = 30 + self.rng.below(31);
+        for _ in 0..3 {
+            let attach = self.attach();
+            let Command::Attach(attached) = &attach else {
+                unreachable!("that is what it makes")
+            };
+            let session = attached.session;
+            self.step(attach)?;
+            self.step(Command::Credit { session, calls: 3 })?;
+        }
         for _ in 0..steps {
             self.pass_time();
             if self.rng.chance(4) {
@@ -294,46 +303,43 @@ impl Schedule {
         }
     }
 
-    /// I22: with workers and without faults, every run ends.
+    /// I22: with workers and without faults, every run ends. Both versions of the code are there: nodes may be pinned to either.
     fn drain(&mut self) -> Result<(), String> {
-        for round in 0..400 {
+        let workers = [("w8", "h2"), ("w9", "h1")];
+        for (name, code) in workers {
+            let code = Arc::new(Spec {
+                fingerprint: Some(code.into()),
+                ..plain_spec("f")
+            });
+            let mut actions: Vec<Arc<Spec>> =
+                [2, 3, 4].map(|i| Arc::clone(&self.specs[i])).to_vec();
+            actions.push(code);
+            self.step(Command::Attach(Attach {
+                session: session(name),
+                name: name.into(),
+                queues: vec!["default".into(), "slow".into()],
+                tolerations: vec!["gpu".into()],
+                actions,
+            }))?;
+        }
+        for _ in 0..400 {
             if self.oracle.runs.iter().all(|run| run.ended) {
                 return Ok(());
             }
             self.now += 1;
             self.wall += 5;
-            if round == 0 {
-                let code = Arc::new(Spec {
-                    fingerprint: Some("h1".into()),
-                    ..plain_spec("f")
-                });
-                let mut actions: Vec<Arc<Spec>> =
-                    [2, 3, 4].map(|i| Arc::clone(&self.specs[i])).to_vec();
-                actions.push(code);
-                let (queues, tolerations) =
-                    (vec!["default".into(), "slow".into()], vec!["gpu".into()]);
-                let session = session("w9");
-                let attach = Attach {
-                    session,
-                    name: "w9".into(),
-                    queues,
-                    tolerations,
-                    actions,
-                };
-                self.step(Command::Attach(attach))?;
+            let sessions = workers.map(|(name, _)| session(name));
+            self.step(Command::Touch(sessions.to_vec()))?;
+            for session in sessions {
+                self.step(Command::Credit { session, calls: 5 })?;
             }
-            self.step(Command::Touch(vec![session("w9")]))?;
-            self.step(Command::Credit {
-                session: session("w9"),
-                calls: 5,
-            })?;
             self.step(Command::Tick)?;
-            let open: Vec<_> = self
-                .leases
-                .iter()
-                .filter(|(node, attempt, _)| self.oracle.held_by(*node, *attempt, session("w9")))
-                .copied()
-                .collect();
+            let held = |lease: &&(NodeKey, Attempt, LeaseToken)| {
+                sessions
+                    .iter()
+                    .any(|session| self.oracle.held_by(lease.0, lease.1, *session))
+            };
+            let open: Vec<_> = self.leases.iter().filter(held).copied().collect();
             let items = open.into_iter().map(|(node, attempt, token)| Completion {
                 node,
                 attempt,
