@@ -333,3 +333,6 @@ impl World {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

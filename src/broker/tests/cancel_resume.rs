@@ -150,4 +150,25 @@ scripts! {
         @4 finish a #1 value -> LEASE_EXPIRED
         @5 nodes r -> a ready #1 (reopened)
     ";
+    a_promise_of_a_node_that_waits_for_its_maker_does_not_stop_a_resumed_run: "
+        @0 attach w1 -> attached
+        @0 credit w1 9 -> ok
+        @1 submit r: x, a, z on a on x -> r new, x #1 to w1, a #1 to w1
+        @2 finish x #1 fail -> ok, r settled
+        @3 finish a #1 tail z -> ok, r ended
+        @4 resume r -> ok, x #2 to w1, a #2 to w1
+        @5 finish x #2 value | a #2 value -> ok, ok, z #1 to w1
+        @6 finish z #1 value -> ok, r settled, r ended
+    ";
+    a_structure_with_a_child_that_waits_for_it_does_not_stop_a_resumed_run: "
+        @0 attach w1 -> attached
+        @0 credit w1 9 -> ok
+        @1 submit r: x, a, z on a on x -> r new, x #1 to w1, a #1 to w1
+        @2 finish x #1 fail -> ok, r settled
+        @3 finish a #1 struct c with c on z -> ok, r ended
+        @4 resume r -> ok, x #2 to w1, a #2 to w1
+        @5 finish x #2 value | a #2 value -> ok, ok, z #1 to w1
+        @6 finish z #1 value -> ok, c #1 to w1, r settled
+        @7 finish c #1 value -> ok, r ended
+    ";
 }
