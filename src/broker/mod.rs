@@ -17,6 +17,7 @@
 
 mod cascade;
 mod check;
+mod circle;
 pub mod command;
 mod complete;
 mod explain;

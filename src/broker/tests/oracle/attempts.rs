@@ -169,17 +169,22 @@ impl Oracle {
         if run.nodes.iter().all(|node| node.stage == Stage::Succeeded) {
             return Expect::Again;
         }
+        let again = in_circles(&run.nodes);
         run.round += 1;
         run.cancelled = false;
         run.ended = false;
         run.root_told = run.nodes[run.root as usize].stage == Stage::Succeeded;
         let (now, wall) = (self.now, self.wall);
-        for node in &mut run.nodes {
+        for (i, node) in run.nodes.iter_mut().enumerate() {
             if node.stage == Stage::Succeeded {
                 continue;
             }
             node.failures = 0;
             node.losses = 0;
+            if again.contains(&i) {
+                node.references.clear();
+                node.tail = false;
+            }
             if !node.references.is_empty() {
                 // Its body ended well: it waits again for what it refers to.
                 node.stage = Stage::Settling;
@@ -393,5 +398,37 @@ impl Oracle {
             };
             Some((i, stage))
         })
+    }
+}
+
+/// Nodes that ended with a promise of something that would wait for them in the next round: their bodies run again.
+fn in_circles(nodes: &[OracleNode]) -> Vec<usize> {
+    let mut again: Vec<usize> = Vec::new();
+    loop {
+        let waits = |from: usize, to: usize| {
+            let node = &nodes[from];
+            match node.references.is_empty() || again.contains(&from) {
+                true => node.inputs.iter().any(|(at, _)| *at as usize == to),
+                false => node.references.iter().any(|at| *at as usize == to),
+            }
+        };
+        let open = |at: &usize| nodes[*at].stage != Stage::Succeeded;
+        let mut left: Vec<usize> = (0..nodes.len()).filter(open).collect();
+        // Whoever waits for nobody, or is waited for by nobody, is on no circle.
+        loop {
+            let on = |at: &usize| {
+                left.iter().any(|to| waits(*at, *to)) && left.iter().any(|from| waits(*from, *at))
+            };
+            let fewer: Vec<usize> = left.iter().copied().filter(on).collect();
+            if fewer.len() == left.len() {
+                break;
+            }
+            left = fewer;
+        }
+        left.retain(|at| !nodes[*at].references.is_empty() && !again.contains(at));
+        if left.is_empty() {
+            return again;
+        }
+        again.extend(left);
     }
 }

@@ -68,7 +68,11 @@ impl Schedule {
 
     pub(super) fn command(&mut self) -> Command {
         let w = session(["w1", "w2", "w3"][self.rng.index(3)]);
-        match self.rng.below(100) {
+        let mut roll = self.rng.below(100);
+        if self.calm && (84..=89).contains(&roll) {
+            roll = 40;
+        }
+        match roll {
             0..=10 => self.submit(),
             11..=14 => self.attach(),
             15..=26 => Command::Credit {

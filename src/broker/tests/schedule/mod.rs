@@ -89,6 +89,8 @@ pub(in crate::broker::tests) struct Schedule {
     created: Vec<CreateChildren>,
     submitted: Vec<Submission>,
     mutant: Mutant,
+    /// Few faults, so that runs get far.
+    calm: bool,
     pub(in crate::broker::tests) figures: Figures,
     pub(in crate::broker::tests) trace: Vec<String>,
 }
@@ -163,6 +165,7 @@ impl Schedule {
             created: Vec::new(),
             submitted: Vec::new(),
             mutant,
+            calm: false,
             figures: Figures {
                 rounds: 1,
                 ..Figures::default()
@@ -174,6 +177,7 @@ impl Schedule {
     /// Plays it; the first thing that is not as it must be.
     pub(in crate::broker::tests) fn play(&mut self) -> Result<(), String> {
         let steps = 30 + self.rng.below(31);
+        self.calm = self.rng.chance(60);
         for _ in 0..3 {
             let attach = self.attach();
             let Command::Attach(attached) = &attach else {
@@ -185,7 +189,7 @@ impl Schedule {
         }
         for _ in 0..steps {
             self.pass_time();
-            if self.rng.chance(4) {
+            if self.rng.chance(if self.calm { 1 } else { 4 }) {
                 self.restart()?;
             }
             if self.rng.chance(3) {
@@ -212,10 +216,13 @@ impl Schedule {
     }
 
     fn pass_time(&mut self) {
-        let (now, wall) = match self.rng.below(10) {
-            0..=4 => (0, 0),
+        let wild = if self.calm { 12 } else { 10 };
+        let (now, wall) = match self.rng.below(wild) {
+            0..=4 | 10.. => (0, 0),
             5..=7 => (1 + self.rng.below(3), 1),
+            8 if self.calm => (1, 20),
             8 => (self.rng.below(12), 20),
+            _ if self.calm => (2, 0),
             _ => {
                 self.fault("jump");
                 (5 + self.rng.below(20), 0)
