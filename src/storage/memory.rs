@@ -208,7 +208,7 @@ impl Store for MemoryStore {
         if self.log_batches == 0 {
             content.maker = RowMaker::default();
             let found = state_facts(&MapRows(&content.rows), &mut content.maker, absorb)?;
-            (from_sled, from_log) = (found.1, 0);
+            (from_sled, from_log) = (found.values().sum(), 0);
         } else {
             content.base_maker = RowMaker::default();
             let found = state_facts(&MapRows(&content.base), &mut content.base_maker, absorb)?;
