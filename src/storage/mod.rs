@@ -2,7 +2,13 @@
 //!
 //! Only this module knows sled and bincode. Callers see facts going in, and facts, records and payloads coming out.
 
+mod loading;
+pub mod memory;
+pub mod reader;
+pub mod records;
 pub mod row;
+pub mod rows;
+pub mod sync_shim;
 
 use bytes::Bytes;
 
