@@ -290,9 +290,7 @@ impl Group {
         absorb: &mut dyn FnMut(Fact),
     ) {
         let record = &row.record;
-        if !self.nodes.is_empty()
-            && (record.parent != self.parent || self.nodes.len() >= GROUP)
-        {
+        if !self.nodes.is_empty() && (record.parent != self.parent || self.nodes.len() >= GROUP) {
             self.close(absorb);
         }
         if self.nodes.is_empty() {
@@ -358,7 +356,11 @@ impl<'a> Ranges<'a> {
     }
 
     /// The next row, if its number is below `end`; rows below `start` are passed over.
-    fn next_within(&mut self, start: u64, end: u64) -> Result<Option<(RowKey, Bytes)>, StorageError> {
+    fn next_within(
+        &mut self,
+        start: u64,
+        end: u64,
+    ) -> Result<Option<(RowKey, Bytes)>, StorageError> {
         loop {
             while let Some((key, _)) = self.chunk.front() {
                 if key.minor >= end {

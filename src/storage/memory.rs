@@ -142,8 +142,7 @@ impl Content {
         self.now = batch.now;
         self.next_run = next_run(self.next_run, &batch.facts);
         self.batch.clear();
-        self.maker
-            .rows_of(&batch.facts, batch.now, &mut self.batch);
+        self.maker.rows_of(&batch.facts, batch.now, &mut self.batch);
         apply(&mut self.rows, &self.batch);
         if log_batches > 0 {
             self.log.push_back(batch);

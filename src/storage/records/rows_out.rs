@@ -96,8 +96,8 @@ impl RowMaker {
         let values = Bytes::from(std::mem::take(&mut self.arena));
         out.rows.reserve(self.rows.len());
         for (key, range) in self.rows.drain(..) {
-            let value = (!range.is_empty())
-                .then(|| values.slice(range.start as usize..range.end as usize));
+            let value =
+                (!range.is_empty()).then(|| values.slice(range.start as usize..range.end as usize));
             out.rows.push(Row { key, value });
         }
         // As much again is the best guess for the next one, within reason.
@@ -221,9 +221,14 @@ impl RowMaker {
                 if let Body::Stored(at) = &letter.body.body {
                     self.stored(at, letter_owner(*route, *seq));
                 }
-                self.in_parts(Table::DeadLetter, u64::from(route.0), seq << PART_BITS, |out| {
-                    put_dead_letter(out, letter);
-                });
+                self.in_parts(
+                    Table::DeadLetter,
+                    u64::from(route.0),
+                    seq << PART_BITS,
+                    |out| {
+                        put_dead_letter(out, letter);
+                    },
+                );
             }
             Fact::DeadLetterRemoved { route, seq } => {
                 let major = u64::from(route.0);
@@ -319,7 +324,10 @@ impl RowMaker {
             ..Context::default()
         };
         put_node(&mut self.arena, &mut context, node.node.0, event, record);
-        self.finish(row_key(Table::Node, node.run.0, u64::from(node.node.0)), start);
+        self.finish(
+            row_key(Table::Node, node.run.0, u64::from(node.node.0)),
+            start,
+        );
     }
 
     fn outcome(
@@ -390,7 +398,12 @@ impl RowMaker {
         whole.clear();
         put(&mut whole);
         for (part, chunk) in (0u64..).zip(parts(&whole)) {
-            self.part(row_key(table, major, minor + part), part, whole.len(), chunk);
+            self.part(
+                row_key(table, major, minor + part),
+                part,
+                whole.len(),
+                chunk,
+            );
         }
         self.scratch = whole;
     }
