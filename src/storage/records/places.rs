@@ -130,14 +130,14 @@ impl PayloadUse {
     }
 
     /// What a start found.
-    pub(super) fn restore(&mut self, segment: u32, owner: u64, end: u64) {
+    pub(crate) fn restore(&mut self, segment: u32, owner: u64, end: u64) {
         let segment = self.segments.entry(segment).or_default();
         segment.runs.insert(owner);
         segment.end = segment.end.max(end);
     }
 
     /// Forgets all uses by an owner; gives the segments it had used.
-    pub(super) fn release(&mut self, owner: u64) -> Vec<u32> {
+    pub(crate) fn release(&mut self, owner: u64) -> Vec<u32> {
         self.segments
             .iter_mut()
             .filter_map(|(number, segment)| segment.runs.remove(&owner).then_some(*number))

@@ -53,6 +53,8 @@ pub struct RowMaker {
     /// Its rows: ranges of the arena, an empty one to delete.
     rows: Vec<(RowKey, Range<u32>)>,
     events: Events,
+    /// The node whose outcome was told last, if that refers to nothing.
+    unreferring: Option<NodeKey>,
     scratch: Vec<u8>,
 }
 
@@ -93,6 +95,7 @@ impl RowMaker {
             self.fact(fact, now, out);
         }
         self.close_events();
+        self.unreferring = None;
         let values = Bytes::from(std::mem::take(&mut self.arena));
         out.rows.reserve(self.rows.len());
         for (key, range) in self.rows.drain(..) {
@@ -303,6 +306,11 @@ impl RowMaker {
 
     fn node(&mut self, node: NodeKey, event: u64, record: &NodeRecord, now: Timestamp) {
         self.node_row(node, event, record, 0);
+        if record.body == BodyEnd::Structure && self.unreferring == Some(node) {
+            // An earlier attempt's structure may have referred to something: a start must not take that for this one's.
+            let first = u64::from(node.node.0) << 32 | REFERENCES;
+            self.delete(row_key(Table::Inputs, node.run.0, first));
+        }
         self.begin_event(node.run, event, 1, now);
         let events = &mut self.events;
         events
@@ -348,6 +356,7 @@ impl RowMaker {
             start,
         );
         self.ranges(node, REFERENCES, references);
+        self.unreferring = references.is_empty().then_some(node);
         if let Body::Stored(at) = &payload.body {
             self.stored(at, node.run.0);
         }
