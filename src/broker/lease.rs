@@ -30,6 +30,8 @@ use super::types::{
 };
 use super::{Broker, World};
 
+const REVOKED: &str = "the run was cancelled: stop working on it";
+
 /// What somebody says they hold.
 pub(super) struct Claim {
     pub node: NodeKey,
@@ -63,14 +65,21 @@ pub(super) fn standing(
         ))
     };
     let node = claim.node.node.0;
+    let may_say = |world: &World| {
+        claim.without_token || world.token(claim.node, claim.attempt) == claim.token
+    };
     let Some(run) = run.filter(|run| node < run.len()) else {
+        if run.is_none() && world.revoked.get(&claim.node) == Some(&claim.attempt) && may_say(world)
+        {
+            return no(Code::LeaseRevoked, REVOKED);
+        }
         return no(Code::LeaseUnknown, "there is no such node");
     };
     let core = run.core(node);
     if claim.attempt.0 == 0 || claim.attempt.0 > core.attempt {
         return no(Code::LeaseUnknown, "it never began");
     }
-    if !claim.without_token && world.token(claim.node, claim.attempt) != claim.token {
+    if !may_say(world) {
         return no(Code::LeaseUnknown, "the token is not the one it was given");
     }
     let latest = claim.attempt.0 == core.attempt;
@@ -90,10 +99,7 @@ pub(super) fn standing(
         );
     }
     if run.record.cancelled {
-        return no(
-            Code::LeaseRevoked,
-            "the run was cancelled: stop working on it",
-        );
+        return no(Code::LeaseRevoked, REVOKED);
     }
     no(
         Code::LeaseExpired,

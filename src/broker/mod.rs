@@ -23,6 +23,8 @@ mod explain;
 mod inbox;
 mod keys;
 mod lease;
+#[cfg(test)]
+mod measure;
 mod node;
 mod outbox;
 pub mod outcome;
@@ -47,7 +49,7 @@ use outcome::{Fact, Tx};
 pub use restore::{CorruptStore, Restoring};
 use run::Run;
 pub use settings::{OutputRule, Settings};
-use types::{NameId, NodeKey, RunSeq, Spec, SpecId, Timestamp, Turn, WallTime};
+use types::{Attempt, NameId, NodeKey, RunSeq, Spec, SpecId, Timestamp, Turn, WallTime};
 
 /// Everything the broker knows.
 #[derive(Debug)]
@@ -82,6 +84,8 @@ struct World {
     unvisited: Vec<(u32, u32)>,
     /// Runs that ended in this command.
     ended: Vec<RunSeq>,
+    /// Latest attempts that were revoked by cancelling: their late outcomes are refused without loading the run again.
+    revoked: BTreeMap<NodeKey, Attempt>,
     /// Nodes of all runs that are not terminal.
     open_nodes: u64,
     /// Number of the latest bundle.
@@ -116,6 +120,7 @@ impl Broker {
                 doomed: BTreeSet::new(),
                 unvisited: Vec::new(),
                 ended: Vec::new(),
+                revoked: BTreeMap::new(),
                 open_nodes: 0,
                 bundle: 0,
                 native: Arc::from("native"),
@@ -193,6 +198,9 @@ impl Broker {
                 let mut last = None;
                 for completion in list {
                     let seq = completion.node.run;
+                    if self.world.revoked.get(&completion.node) == Some(&completion.attempt) {
+                        continue;
+                    }
                     if last != Some(seq) && self.may_exist(seq) && !needed.contains(&seq) {
                         needed.push(seq);
                     }

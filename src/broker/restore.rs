@@ -5,6 +5,7 @@
 //! references. Resuming a run derives it by the same function, so the two cannot differ.
 
 use std::collections::BTreeSet;
+use std::collections::btree_map::Entry;
 
 use super::cascade::{connect, delay, watch};
 use super::node::child_likeness;
@@ -47,12 +48,14 @@ impl Restoring {
         match fact {
             Fact::Run { run, record } => {
                 self.orphans.remove(&run);
-                let run = runs.entry(run).or_insert_with(|| {
-                    let mut run = Run::new(run, record.clone());
-                    run.draft = Some(Box::default());
-                    Box::new(run)
-                });
-                run.absorb_run(&record);
+                match runs.entry(run) {
+                    Entry::Vacant(place) => {
+                        let mut run = Run::new(run, record);
+                        run.draft = Some(Box::default());
+                        place.insert(Box::new(run));
+                    }
+                    Entry::Occupied(mut known) => known.get_mut().absorb_run(&record),
+                }
             }
             Fact::RunDeleted { run } => {
                 self.orphans.remove(&run);

@@ -4,7 +4,7 @@
 //! Faults: commands repeated, late, forged or for what is gone; sessions that fall silent, detach, close, come back; restarts at
 //! any command. The seed decides everything and is in every message.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -228,7 +228,24 @@ impl Play {
         broker
     }
 
-    fn compare(&self) {
+    /// What a start reads: what sled has of open runs and the world, then the end of the log, part of which sled has already.
+    fn reloaded(&mut self) -> Broker {
+        let open: BTreeSet<RunSeq> = self.broker.runs.keys().copied().collect();
+        let mut restoring = Restoring::new(self.settings.clone(), SECRET);
+        for fact in &self.facts {
+            if run_of(fact).is_none_or(|run| open.contains(&run)) {
+                restoring.absorb(fact.clone());
+            }
+        }
+        let from = self.chance.below(self.facts.len() as u64 + 1) as usize;
+        for fact in &self.facts[from..] {
+            restoring.absorb(fact.clone());
+        }
+        let next_run = self.broker.world.next_run;
+        restoring.finish(self.broker.world.now, next_run).unwrap()
+    }
+
+    fn compare(&mut self) {
         let (mine, other) = (self.broker.fingerprint(), self.rebuilt().fingerprint());
         if mine != other {
             for (a, b) in mine.lines().zip(other.lines()) {
@@ -239,6 +256,16 @@ impl Play {
                 );
             }
             panic!("live and rebuilt differ in length, seed {}", self.seed);
+        }
+        if self.chance.below(4) == 0 {
+            let reloaded = self.reloaded();
+            reloaded.check_invariants();
+            assert_eq!(
+                mine,
+                reloaded.fingerprint(),
+                "facts may be repeated, seed {}",
+                self.seed
+            );
         }
     }
 
@@ -285,7 +312,7 @@ impl Play {
         let nodes = self.new_nodes(n, &[]);
         let key = (self.chance.below(3) == 0).then(|| SubmissionKey {
             hash: KeyHash(self.chance.below(6).into()),
-            content: self.chance.below(2),
+            content: 1 + self.chance.below(2),
         });
         let route: Arc<str> = "in".into();
         let origin = match self.chance.below(6) {
@@ -411,18 +438,41 @@ impl Play {
         let command = Command::Finish(list);
         self.done.push(command.clone());
         self.apply(command);
-        if self.chance.below(4) == 0
+        if self.chance.below(3) == 0
             && let Some(again) = self.chance.pick(&self.done).cloned()
         {
-            let before = self.facts.len();
-            let reply = self.apply(again);
-            let all_no = refusals(&reply).len()
-                == match &reply {
-                    Reply::Done(list) => list.len(),
-                    _ => 0,
-                };
-            let _ = (before, all_no);
+            self.repeat(again);
         }
+    }
+
+    /// A repetition gets the first answer; with another outcome it is a conflict, as long as nothing newer began.
+    fn repeat(&mut self, command: Command) {
+        let Command::Finish(mut list) = command else {
+            return;
+        };
+        let outcomes = self.count_outcomes();
+        self.apply(Command::Finish(list.clone()));
+        assert_eq!(
+            outcomes,
+            self.count_outcomes(),
+            "G2 applied once, seed {}",
+            self.seed
+        );
+        for completion in &mut list {
+            completion.digest ^= 0x10;
+        }
+        self.apply(Command::Finish(list));
+        assert_eq!(
+            outcomes,
+            self.count_outcomes(),
+            "G2 applied once, seed {}",
+            self.seed
+        );
+    }
+
+    fn count_outcomes(&self) -> usize {
+        let is_outcome = |fact: &&Fact| matches!(fact, Fact::Outcome { .. });
+        self.facts.iter().filter(is_outcome).count()
     }
 
     fn flush(&mut self) {
