@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use dagorama::broker::settings::Settings;
+use dagorama::broker::Settings;
 use dagorama::edge::native::codec::{self, End};
 use dagorama::edge::native::frame::Verb;
 

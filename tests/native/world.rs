@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use dagorama::broker::settings::Settings;
+use dagorama::broker::Settings;
 use dagorama::broker::types::RunId;
 use dagorama::client::Client;
 use dagorama::edge::native::codec;
