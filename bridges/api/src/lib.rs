@@ -1,10 +1,17 @@
 //! What a bridge to another message broker implements.
 //!
 //! A [`Source`] brings messages in and acknowledges them upstream only after the broker's commit. A [`Sink`] takes deliveries out and
-//! confirms them only after the other side has. Both are driven by the supervisor in the server (`src/bridges.rs`): any returned error
+//! confirms them only after the other side has. Both are driven by the supervisor in the server (`src/bridges`): any returned error
 //! means "drop me, back off, build me again from the configuration", so a bridge never retries connections itself.
 //!
-//! Nothing here knows runs, nodes or storage: a bridge sees messages.
+//! Nothing here knows runs, nodes or storage: a bridge sees messages. The shape is that of Kafka and RabbitMQ: acknowledgements are
+//! contiguous and in order of receipt, positions are asked for before a partition is read, reading can be paused while the connection
+//! stays alive, and confirmations of deliveries may come later, in any order, with a window of the bridge's choice.
+//!
+//! [`loopback`] is a bridge in memory, for tests; [`conformance`] is the suite that every bridge must pass.
+
+pub mod conformance;
+pub mod loopback;
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -74,18 +81,31 @@ pub enum Receipt {
 
 /// The inbound half.
 pub trait Source: Send {
-    /// Waits for messages and returns at most `max` of them, never none. May be cancelled: a cancelled call loses nothing.
-    /// `None`: the source has ended (a file that is not followed) and everything it ever returned was settled.
+    /// Waits for messages and returns at most `max` of them, never an empty list; while paused it waits. It may be called again before
+    /// earlier messages were settled. It may be cancelled: a cancelled call loses nothing. `None`: no more messages will ever come (a
+    /// file that is not followed has ended).
     fn receive(&mut self, max: usize) -> BoxFuture<'_, Result<Option<Vec<Message>>, BridgeError>>;
-    /// The messages of the last `receive` are durable, in their order: acknowledge them upstream.
+    /// The next `receipts.len()` messages that were received and not settled yet, in order of receipt, are durable: acknowledge
+    /// them upstream. That is a hint to the other side, never the truth: what is repeated nevertheless is recognised.
     fn settle<'a>(&'a mut self, receipts: &'a [Receipt]) -> BoxFuture<'a, Result<(), BridgeError>>;
     /// Stop or go on reading (back-pressure); keep the connection alive meanwhile.
     fn pause(&mut self, paused: bool) -> BoxFuture<'_, Result<(), BridgeError>>;
+    /// Whether messages of this partition may still be applied. Asked before each commit: a source that has lost a partition to another
+    /// reader says no, and what it had handed out of it is discarded, unsettled.
+    fn holds(&self, partition: &str) -> bool {
+        let _ = partition;
+        true
+    }
     /// How far behind the source is, in messages or bytes, if it knows.
     fn lag(&self) -> Option<u64>;
+    /// The route ends in good order: say goodbye upstream. What was not settled comes again.
+    fn close(&mut self) -> BoxFuture<'_, Result<(), BridgeError>> {
+        Box::pin(async { Ok(()) })
+    }
 }
 
-/// Looks up the next position to be read of a partition, as the broker has committed it. 0: nothing yet.
+/// Looks up the next position to be read of a partition, as the broker has committed it. 0: nothing yet. A source asks before it reads a
+/// partition (a file when it opens it, a Kafka consumer inside the rebalance callback, into the assignment itself).
 pub trait Positions: Send + Sync {
     /// The position of that partition on this route.
     fn next(&self, partition: &str) -> BoxFuture<'_, Result<u64, BridgeError>>;
@@ -108,16 +128,35 @@ pub struct Delivery {
     pub headers: Vec<(String, String)>,
 }
 
+/// What became of a delivery.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Confirmation {
+    /// Its number.
+    pub seq: u64,
+    /// `None`: the other side has it, durably. Else it can never be delivered as it is: it becomes a dead letter of the output, so that
+    /// those behind it go on.
+    pub refused: Option<Unusable>,
+}
+
 /// The outbound half.
 pub trait Sink: Send {
-    /// Hands over deliveries, in order. Returns the numbers that the other side has confirmed by now (of this or earlier calls), or
-    /// an error; what was not confirmed is delivered again after a rebuild.
+    /// Hands over deliveries, in order, waiting only while the window of unconfirmed ones is full. Returns what has been confirmed by
+    /// now (of this or earlier calls), or an error; what was not confirmed is delivered again after a rebuild, with the same number
+    /// and `message_id`. The caller commits what one call has confirmed before it makes the next. A cancelled call needs a rebuild.
     fn deliver(
         &mut self,
         deliveries: Vec<Delivery>,
-    ) -> BoxFuture<'_, Result<Vec<u64>, BridgeError>>;
-    /// Waits until everything handed over is confirmed, and returns the rest of the numbers.
-    fn drain(&mut self) -> BoxFuture<'_, Result<Vec<u64>, BridgeError>>;
+    ) -> BoxFuture<'_, Result<Vec<Confirmation>, BridgeError>>;
+    /// Waits until everything handed over is confirmed, and returns the rest.
+    fn drain(&mut self) -> BoxFuture<'_, Result<Vec<Confirmation>, BridgeError>>;
+}
+
+impl Confirmation {
+    /// The other side has it.
+    #[must_use]
+    pub fn confirmed(seq: u64) -> Self {
+        Self { seq, refused: None }
+    }
 }
 
 /// What goes wrong in a bridge.

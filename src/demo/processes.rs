@@ -1,0 +1,144 @@
+//! The processes of the demo: the broker, the workers, and what they wrote down.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+/// A running broker.
+#[derive(Debug)]
+pub struct Broker {
+    /// The process.
+    pub child: Child,
+    /// What it printed when it was ready.
+    pub ready: Value,
+    /// Where it listens.
+    pub url: String,
+}
+
+/// Starts `serve` with that configuration and waits until it is ready.
+pub async fn start_broker(config: &Path, listen: &str, log: &Path, token: &str) -> io::Result<Broker> {
+    let mut child = Command::new(std::env::current_exe()?)
+        .args(["serve", "--ready-stdout", "--listen", listen, "--config"])
+        .arg(config)
+        .env("DAGORAMA_TOKEN", token)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(append(log)?)
+        .kill_on_drop(true)
+        .spawn()?;
+    let stdout = child.stdout.take().ok_or_else(|| io::Error::other("the broker has no standard output"))?;
+    let mut line = String::new();
+    let read = tokio::time::timeout(Duration::from_secs(60), BufReader::new(stdout).read_line(&mut line)).await;
+    let ready: Value = match read {
+        Ok(Ok(n)) if n > 0 => serde_json::from_str(&line).map_err(io::Error::other)?,
+        _ => return Err(io::Error::other(format!("the broker did not start: see {}", log.display()))),
+    };
+    let url = ready["native"].as_str().unwrap_or_default().to_owned();
+    Ok(Broker { child, ready, url })
+}
+
+/// What a worker needs to find its way.
+#[derive(Debug, Clone)]
+pub struct WorkerPlace<'a> {
+    /// The Python to use.
+    pub python: &'a Path,
+    /// Directory of the module.
+    pub code: &'a Path,
+    /// Directory for the journals.
+    pub journal: &'a Path,
+    /// Log file.
+    pub log: &'a Path,
+    /// Token of the broker.
+    pub token: &'a str,
+}
+
+/// Starts a worker with one process for nodes.
+pub fn start_worker(url: &str, place: &WorkerPlace<'_>) -> io::Result<Child> {
+    Command::new(std::env::current_exe()?)
+        .args(["worker", "crawl", "--concurrency", "1", "--url", url, "--python"])
+        .arg(place.python)
+        .env("PYTHONPATH", python_path(place.code))
+        .env("DAGORAMA_TOKEN", place.token)
+        .env("DAGORAMA_JOURNAL", place.journal)
+        .stdin(Stdio::null())
+        .stdout(append(place.log)?)
+        .stderr(append(place.log)?)
+        .kill_on_drop(true)
+        .spawn()
+}
+
+/// Where Python finds the program and, in a source tree, the package.
+pub fn python_path(code: &Path) -> std::ffi::OsString {
+    let mut parts = vec![code.to_owned()];
+    parts.extend(package());
+    parts.extend(std::env::var_os("PYTHONPATH").map(PathBuf::from));
+    std::env::join_paths(parts).unwrap_or_default()
+}
+
+/// The Python package in the source tree this binary was built in, if it is still there.
+pub fn package() -> Option<PathBuf> {
+    let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/python/src"));
+    path.join("dagorama").is_dir().then_some(path)
+}
+
+fn append(path: &Path) -> io::Result<Stdio> {
+    Ok(std::fs::OpenOptions::new().create(true).append(true).open(path)?.into())
+}
+
+/// What stands in the workers' journals at one moment.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Journal {
+    /// Attempts that have started and were not acknowledged.
+    pub open: u64,
+    /// Outcomes that were sent and not acknowledged.
+    pub in_flight: u64,
+    /// Acknowledged outcomes by action.
+    pub accepted: BTreeMap<String, u64>,
+}
+
+/// Reads all journals of a directory.
+pub fn read_journal(directory: &Path) -> io::Result<Journal> {
+    let mut journal = Journal::default();
+    let mut state: BTreeMap<(String, String, u64), &'static str> = BTreeMap::new();
+    let mut actions: BTreeMap<(String, String, u64), String> = BTreeMap::new();
+    for entry in std::fs::read_dir(directory)? {
+        let text = std::fs::read_to_string(entry?.path())?;
+        for line in text.lines() {
+            // A line that is being written is read next time.
+            let Ok(line) = serde_json::from_str::<Value>(line) else { continue };
+            let key = (text_of(&line["run"]), text_of(&line["node"]), line["attempt"].as_u64().unwrap_or_default());
+            match line["what"].as_str() {
+                Some("started") => {
+                    actions.insert(key.clone(), text_of(&line["action"]));
+                    state.insert(key, "started");
+                }
+                Some("sent") => drop(state.insert(key, "sent")),
+                Some("accepted") => drop(state.insert(key, "accepted")),
+                Some("refused") => drop(state.insert(key, "refused")),
+                _ => {}
+            }
+        }
+    }
+    for (key, state) in state {
+        match state {
+            "started" => journal.open += 1,
+            "sent" => {
+                journal.open += 1;
+                journal.in_flight += 1;
+            }
+            "accepted" => *journal.accepted.entry(actions.get(&key).cloned().unwrap_or_default()).or_default() += 1,
+            _ => {}
+        }
+    }
+    Ok(journal)
+}
+
+fn text_of(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}

@@ -1,0 +1,287 @@
+//! The composition root: who is started with what, in which order, and stopped in the reverse one. Only this module knows everyone.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde_json::json;
+use tracing::{error, info, warn};
+
+use crate::bridges::{self, Bridges};
+use crate::broker::settings::{OutputRule, Settings};
+use crate::cli;
+use crate::config::{self, Config, ConfigError, Listen, Override};
+use crate::edge::native::{self, Address, NativeOptions};
+use crate::engine::clock::Stopwatch;
+use crate::engine::{self, EngineOptions, Handle, StartError};
+use crate::storage::StorageError;
+use crate::storage::durable::{Durable, DurableOptions};
+
+/// Why a broker did not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The store cannot be opened, or failed.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// What was stored does not make sense.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// Somebody else listens there.
+    #[error("{address} is taken{by}: stop that process, or choose another address with --listen")]
+    PortInUse {
+        /// The address.
+        address: String,
+        /// Who has it, as far as that can be told.
+        by: String,
+    },
+    /// Something with the operating system.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// What went wrong.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl ServeError {
+    /// Its stable code.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Config(error) => error.code(),
+            Self::Storage(error) | Self::Start(StartError::Storage(error)) => crate::error::code_of_storage(error),
+            Self::Start(_) => "STORE_CORRUPT",
+            Self::PortInUse { .. } => "PORT_IN_USE",
+            Self::Io { .. } => "IO_ERROR",
+        }
+    }
+}
+
+/// The configuration in effect: file, then environment, then command line.
+pub fn configure(options: &cli::Serve) -> Result<Config, ConfigError> {
+    let mut changes = Vec::new();
+    if let Some(path) = &options.data_dir {
+        changes.push(Override::new("server.data_dir", path.to_string_lossy(), "--data-dir"));
+    }
+    if let Some(listen) = &options.listen {
+        changes.push(Override::new("server.listen", listen, "--listen"));
+    }
+    if options.insecure_listen {
+        changes.push(Override::new("server.insecure_listen", "true", "--insecure-listen"));
+    }
+    if let Some(lease) = options.lease {
+        changes.push(Override::new("leases.lease", humantime::format_duration(lease).to_string().replace(' ', ""), "--lease"));
+    }
+    Config::load(options.config.as_deref(), std::env::vars(), &changes)
+}
+
+fn settings(config: &Config) -> Settings {
+    let limits = &config.limits;
+    Settings {
+        lease_ms: config.leases.lease.as_ms(),
+        detach_grace_ms: config.leases.detach_grace.as_ms(),
+        dedup_window_ms: config.retention.dedup_window.as_ms(),
+        max_keys: limits.max_keys,
+        max_nodes_per_run: limits.max_nodes_per_run,
+        max_edges_per_run: limits.max_edges_per_run,
+        max_inputs: limits.max_inputs,
+        max_children: limits.max_children,
+        max_depth: limits.max_depth,
+        max_open_nodes: limits.max_open_nodes,
+        max_leases: limits.max_leases,
+        max_outbox: limits.max_outbox,
+        outputs: config
+            .output
+            .iter()
+            .map(|output| OutputRule {
+                name: output.name.as_str().into(),
+                action: output.matches.action.clone(),
+                succeeded: output.matches.state.succeeded(),
+                failed: output.matches.state.failed(),
+            })
+            .collect(),
+        ..Settings::default()
+    }
+}
+
+/// A broker that is serving.
+pub struct Serving {
+    /// Where it listens.
+    pub url: String,
+    handle: Handle,
+    thread: engine::EngineThread,
+    native: native::NativeServer,
+    bridges: Bridges,
+    token_file: Option<PathBuf>,
+}
+
+/// Starts everything. With `ready_stdout`, says so in one JSON line.
+#[expect(clippy::print_stdout, reason = "the ready line is what --ready-stdout asks for")]
+pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeError> {
+    let watch = Stopwatch::start();
+    if !config.server.listen.is_local() {
+        warn!(listen = %config.server.listen, "listening where other machines can reach it, without TLS: anybody on that network can read the token");
+    }
+    let (token, token_file) = token(&config)?;
+    let data_dir = config.server.data_dir.clone();
+    let options = EngineOptions {
+        settings: settings(&config),
+        retention_ms: config.retention.keep.as_ms(),
+        max_requests: config.limits.max_inflight_requests,
+        max_bytes: usize::try_from(config.limits.max_inflight_bytes.0).unwrap_or(usize::MAX),
+        ..EngineOptions::default()
+    };
+    let durable = DurableOptions {
+        segment_bytes: config.storage.segment.0,
+        window_ms: config.storage.window.as_ms(),
+        window_bytes: usize::try_from(config.storage.window_size.0).unwrap_or(usize::MAX),
+        min_free_bytes: config.storage.min_free.0,
+        min_free_percent: config.storage.min_free_percent,
+        ..DurableOptions::default()
+    };
+    let opened = tokio::task::spawn_blocking(move || -> Result<_, ServeError> {
+        let store = Durable::open(&data_dir, durable)?;
+        Ok(engine::spawn(store, options)?)
+    });
+    let (handle, thread, loaded) = opened.await.map_err(|source| ServeError::Io { what: "opening the store".to_owned(), source: io::Error::other(source) })??;
+    let bridges = bridges::start(handle.clone(), &config);
+    let address = match &config.server.listen {
+        Listen::Tcp(address) => Address::Tcp(*address),
+        Listen::Unix(path) => Address::Unix(path.clone()),
+    };
+    let limits = native::Limits { connections: config.limits.max_connections, per_peer: config.limits.max_connections_per_peer, ..native::Limits::default() };
+    let started = native::serve(
+        handle.clone(),
+        NativeOptions { address: address.clone(), token: Some(Arc::clone(&token)), limits, extensions: bridges.extensions() },
+    )
+    .await;
+    let native = match started {
+        Ok(native) => native,
+        Err(source) => {
+            thread.stop();
+            drop(tokio::task::spawn_blocking(move || thread.join()).await);
+            return Err(if source.kind() == io::ErrorKind::AddrInUse {
+                ServeError::PortInUse { address: address.to_string(), by: owner_of(&address) }
+            } else {
+                ServeError::Io { what: format!("cannot listen on {address}"), source }
+            });
+        }
+    };
+    let url = native.local_address().to_string();
+    let token_file = match token_file {
+        Some(path) => Some(path),
+        None => leave_token(&config, native.local_address(), &token),
+    };
+    let seconds = watch.elapsed_ms() as f64 / 1000.0;
+    info!(url, from_sled = loaded.from_sled, from_log = loaded.from_log, seconds, "serving");
+    if ready_stdout {
+        println!(
+            "{}",
+            json!({"native": url, "pid": std::process::id(), "from_sled": loaded.from_sled, "from_log": loaded.from_log, "seconds": seconds})
+        );
+    } else {
+        eprintln!(
+            "dagorama {} serves {url} from {} ({} open nodes, ready in {seconds:.3} s)",
+            env!("CARGO_PKG_VERSION"),
+            config.server.data_dir.display(),
+            loaded.from_sled + loaded.from_log
+        );
+    }
+    Ok(Serving { url, handle, thread, native, bridges, token_file })
+}
+
+impl Serving {
+    /// Serves until a signal asks for the end or the engine stops by itself.
+    pub async fn until_stopped(self) -> Result<(), ServeError> {
+        let mut terminate = signal(tokio::signal::unix::SignalKind::terminate())?;
+        let mut interrupt = signal(tokio::signal::unix::SignalKind::interrupt())?;
+        tokio::select! {
+            _ = terminate.recv() => info!("asked to end (SIGTERM)"),
+            _ = interrupt.recv() => info!("asked to end (SIGINT)"),
+            stopped = self.handle.stopped() => error!(reason = %stopped.reason, "the engine has stopped"),
+        }
+        self.stop().await
+    }
+
+    /// Stops everything in the reverse order: what has arrived is answered, the store is brought up to date.
+    pub async fn stop(self) -> Result<(), ServeError> {
+        self.bridges.stop().await;
+        self.native.shutdown().await;
+        self.thread.stop();
+        let ended = tokio::task::spawn_blocking(move || self.thread.join()).await;
+        if let Some(path) = self.token_file {
+            // A token of a port that was only ours for a while.
+            if self.url.is_empty() {
+                drop(std::fs::remove_file(path));
+            }
+        }
+        match ended {
+            Ok(result) => Ok(result?),
+            Err(source) => Err(ServeError::Io { what: "the engine".to_owned(), source: io::Error::other(source) }),
+        }
+    }
+}
+
+fn signal(kind: tokio::signal::unix::SignalKind) -> Result<tokio::signal::unix::Signal, ServeError> {
+    tokio::signal::unix::signal(kind).map_err(|source| ServeError::Io { what: "cannot listen for signals".to_owned(), source })
+}
+
+/// The token, and the file that clients read it from if that is known already.
+fn token(config: &Config) -> Result<(Arc<str>, Option<PathBuf>), ServeError> {
+    if let Some(token) = std::env::var("DAGORAMA_TOKEN").ok().filter(|token| !token.is_empty()) {
+        return Ok((token.into(), Some(PathBuf::new())));
+    }
+    let any_port = matches!(&config.server.listen, Listen::Tcp(address) if address.port() == 0);
+    if any_port && config.server.token_file.is_none() {
+        let token = config::new_token().map_err(|source| ServeError::Io { what: "cannot make a token".to_owned(), source })?;
+        return Ok((token, None));
+    }
+    let path = config.token_path();
+    let token = config::read_or_create(&path).map_err(|source| ServeError::Io { what: format!("token file {}", path.display()), source })?;
+    Ok((token, Some(path)))
+}
+
+/// Leaves the token where this user's clients look, for a port that was not known before.
+fn leave_token(config: &Config, address: &Address, token: &str) -> Option<PathBuf> {
+    let Address::Tcp(address) = address else { return None };
+    let mut server = config.server.clone();
+    server.listen = Listen::Tcp(*address);
+    let path = config::token_file(&server.listen);
+    match config::write_token(&path, token) {
+        Ok(()) => Some(path),
+        Err(error) => {
+            warn!(path = %path.display(), %error, "could not leave the token for clients: give them DAGORAMA_TOKEN");
+            None
+        }
+    }
+}
+
+/// Which process listens on a TCP address of this machine, from /proc; empty when that cannot be told.
+fn owner_of(address: &Address) -> String {
+    let Address::Tcp(address) = address else { return String::new() };
+    let port = format!(":{:04X} ", address.port());
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|path| std::fs::read_to_string(path).unwrap_or_default());
+    let inode = tables.iter().flat_map(|table| table.lines()).find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let listening = fields.get(3) == Some(&"0A") && format!("{} ", fields.get(1)?).ends_with(&port);
+        listening.then(|| fields.get(9).map(|inode| format!("socket:[{inode}]"))).flatten()
+    });
+    let Some(inode) = inode else { return String::new() };
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    for process in processes {
+        let pid = process.file_name().to_string_lossy().into_owned();
+        let descriptors = std::fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
+        for descriptor in descriptors {
+            if std::fs::read_link(descriptor.path()).is_ok_and(|target| target.to_string_lossy() == inode) {
+                let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+                return format!(" by process {pid} ({})", name.trim());
+            }
+        }
+    }
+    String::new()
+}
