@@ -68,7 +68,7 @@ def leaves(count: int) -> None:
             reader.fill()
         verb, _, request, body = got
         if verb == w.HELLO:
-            sock.sendall(w.HEADER.pack(0, 0, 0, 0, 0)[:0] + w.frame(w.REPLY, json.dumps(
+            sock.sendall(w.frame(w.REPLY, json.dumps(
                 {"session": "1" * 16, "leases": [], "heartbeat_ms": 10000}).encode(), request))
             sock.sendall(w.frame(w.SPECS, json.dumps([{"id": 7, **noop._wire_spec()}]).encode()))
             began = time.perf_counter()
@@ -94,7 +94,7 @@ class NoLink:
     def revoked(self, run: int, node: int, attempt: int) -> bool:
         return False
 
-    def create(self, *args: Any) -> int:
+    def create(self, run: int, node: int, attempt: int, token: bytes, first_child: int, count: int, nodes: bytes) -> int:
         return 0
 
 

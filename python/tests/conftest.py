@@ -128,10 +128,8 @@ class RealWorker:
     def stop(self) -> None:
         if self.process.poll() is None:
             self.process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                pass
         with contextlib.suppress(OSError):
             self.signal(9)
         self.process.wait()

@@ -6,6 +6,7 @@ closes every connection, ``refuse`` answers the next submission with an error.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -27,7 +28,8 @@ class Node:
         self.run, self.number, self.spec, self.codec, self.body = run, number, spec, codec, body
         self.inputs, self.not_before, self.parent = inputs, not_before, parent
         self.state, self.attempt, self.failures, self.token, self.session = 0, 0, 0, b"", 0
-        self.kind, self.value, self.refs, self.tail = "open", (0, b""), [], -1
+        self.kind, self.value = "open", (0, b"")
+        self.refs: list[tuple[int, int, int]] = []
         self.created: list[int] = []  # flushed children
         self.digest: Any = None
 
@@ -50,11 +52,8 @@ class Connection:
         self.lock = threading.Lock()
 
     def send(self, verb: int, body: bytes, request: int = 0, flags: int = 0) -> None:
-        try:
-            with self.lock:
-                self.sock.sendall(w.HEADER.pack(len(body), verb, flags, 0, request) + body)
-        except OSError:
-            pass
+        with contextlib.suppress(OSError), self.lock:
+            self.sock.sendall(w.HEADER.pack(len(body), verb, flags, 0, request) + body)
 
 
 class FakeBroker:
@@ -87,10 +86,8 @@ class FakeBroker:
     def drop(self) -> None:
         with self.lock:
             for connection in self.connections:
-                try:
+                with contextlib.suppress(OSError):
                     connection.sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
 
     def _tick(self) -> None:
         while not self.closed:

@@ -19,23 +19,8 @@ from ._exceptions import rebuild
 from ._payload import json_body, pickled, read_values
 from ._run import Run
 from ._wire import (
-    FETCH,
-    JSON,
-    NODE,
-    PICKLE,
-    RUN_ID,
-    SUBMIT,
-    SUCCEEDED,
-    U16,
-    U32,
-    WAIT,
-    WAIT_BODY,
-    Bytes,
-    Item,
-    fetch_body,
-    read_items,
-    run_numbers,
-    run_text,
+    FETCH, JSON, NODE, PICKLE, RUN_ID, SUBMIT, SUCCEEDED, U16, U32, WAIT, WAIT_BODY, Bytes, Item, fetch_body,
+    read_items, run_numbers, run_text,
 )
 
 _clients: list[Client] = []

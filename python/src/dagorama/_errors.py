@@ -30,7 +30,8 @@ class EarlyUse(DagoramaError, TypeError):
     """A promise was tested, iterated or computed with before its value is known.
 
     Raised at once, by nearly everything one can do with a value. Three things cannot be caught, because Python asks no
-    one: ``promise is None`` (always false), ``isinstance(promise, X)`` and ``type(promise)`` (they see the promise).
+    one: ``promise is None`` (always false), ``isinstance(promise, X)`` and ``type(promise)`` (they see the promise). And
+    ``"".join(promise)`` raises a plain `TypeError`, because Python puts a text of its own in place of this one.
     """
 
     code = "EARLY_USE"

@@ -33,44 +33,11 @@ from ._payload import SCALAR_RESULTS, decode_arguments, encode_result, read_valu
 from ._promise import Outcome
 from ._retry import ONCE, Retry
 from ._wire import (
-    CREATE,
-    CREATE_VERB,
-    CREDIT,
-    DEFINE,
-    ERROR,
-    FAILED,
-    FAILED_RETRY,
-    FETCH,
-    FINISH,
-    FINISH_VERB,
-    GOODBYE,
-    JSON,
-    LEASE,
-    LEASE_HEAD,
-    LEASES,
-    MODE_AFTER,
-    MODE_OUTCOME,
-    MORE,
-    PICKLE,
-    RANGE,
-    RELEASED,
-    REPLY,
-    REVOKE,
-    REVOKED,
-    SUCCEEDED,
-    U16,
-    U32,
-    Bytes,
-    Item,
-    Reader,
-    fetch_body,
-    frame,
-    read_items,
-    run_text,
+    CREATE, CREATE_VERB, CREDIT, DEFINE, ERROR, FAILED, FAILED_RETRY, FETCH, FINISH, FINISH_VERB, GOODBYE, JSON, LEASE,
+    LEASE_HEAD, LEASES, MODE_AFTER, MODE_OUTCOME, MORE, PICKLE, RANGE, RELEASED, REPLY, REVOKE, REVOKED, SUCCEEDED, U16,
+    U32, Bytes, Item, Reader, fetch_body, frame, read_items, run_text,
 )
-from ._wire import (
-    SPECS as SPECS_VERB,
-)
+from ._wire import SPECS as SPECS_VERB
 
 # head, run, salt, node, attempt, token, spec, codec, ranges, arguments, inline inputs
 Lease = tuple[Bytes, int, int, int, int, bytes, int, int, tuple[tuple[int, int, int], ...], Bytes, list[Item] | None]

@@ -19,22 +19,8 @@ from ._errors import DagoramaError, EarlyUse, NotSerialisable
 from ._msgpack import unpack as unpack_msgpack
 from ._promise import Outcome, Promise, get_attempt, get_index
 from ._wire import (
-    JSON,
-    MAX_PAYLOAD,
-    MODE_AFTER,
-    MODE_OUTCOME,
-    MODE_VALUE,
-    MSGPACK,
-    PICKLE,
-    RANGE,
-    RAW,
-    STRUCTURE,
-    SUCCEEDED,
-    TAIL,
-    VALUE,
-    Bytes,
-    Item,
-    merge,
+    JSON, MAX_PAYLOAD, MODE_AFTER, MODE_OUTCOME, MODE_VALUE, MSGPACK, PICKLE, RANGE, RAW, STRUCTURE, SUCCEEDED, TAIL,
+    VALUE, Bytes, Item, merge,
 )
 
 Encoded = tuple[int, int, int, bytes, bytes]  # end, codec, n_ranges, ranges, body

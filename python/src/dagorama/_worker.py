@@ -30,18 +30,7 @@ from ._errors import BrokerUnavailable, ConnectionLost, DagoramaError
 from ._exceptions import describe
 from ._executor import _DEADLINE, Executor, Slot
 from ._wire import (
-    FINISH,
-    FINISH_VERB,
-    GOODBYE,
-    HEARTBEAT,
-    JSON,
-    RELEASED,
-    STATUS,
-    TIMED_OUT,
-    TIMED_OUT_RETRY,
-    U32,
-    U64,
-    frame,
+    FINISH, FINISH_VERB, GOODBYE, HEARTBEAT, JSON, RELEASED, STATUS, TIMED_OUT, TIMED_OUT_RETRY, U32, U64, frame,
     run_text,
 )
 
@@ -101,7 +90,7 @@ class _Child:
         try:
             self.executor.run()
         except DagoramaError as error:
-            if not self.worker._stopping.is_set():
+            if not self.worker._stopped():
                 warn(str(error))
 
     def code(self) -> int | None:
@@ -170,6 +159,7 @@ class Worker:
         self._stopping = threading.Event()
         self._done = threading.Event()
         self._done.set()
+        self._signals = 0  # a handler must not touch an Event: the thread it interrupts may hold its lock
         self._grace = 30.0
         self._channel: Channel | None = None
         self._children: list[_Child] = []
@@ -179,6 +169,7 @@ class Worker:
         """Work until `stop`, SIGTERM or Ctrl-C; with ``until_idle``, until the broker has no open node left."""
         self._stopping.clear()
         self._done.clear()
+        self._signals = 0
         handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -218,14 +209,18 @@ class Worker:
     # ---- internal ----
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if self._stopping.is_set():
+        self._signals += 1
+        if self._signals > 1:
             self._grace = 0.0  # the second time: now
-        self._stopping.set()
+
+    def _stopped(self, seconds: float = 0.0) -> bool:
+        """Whether to stop; waits so long for it."""
+        return self._signals > 0 or self._stopping.wait(seconds) or self._signals > 0
 
     def _wait_for_broker(self) -> bool:
         assert self._channel is not None
         said = False
-        while not self._stopping.is_set():
+        while not self._stopped():
             try:
                 self._channel.open()
                 return True
@@ -233,14 +228,14 @@ class Worker:
                 if not said:
                     warn(f"{error}; waiting for it")
                 said = True
-                self._stopping.wait(0.2)
+                self._stopped(0.2)
         return False
 
     def _supervise(self, until_idle: bool) -> None:
         assert self._channel is not None
         beat = 0.0
         idle_since = asked = time.monotonic()
-        while not self._stopping.wait(_TICK):
+        while not self._stopped(_TICK):
             now = time.monotonic()
             if now >= beat:
                 beat = now + max(0.05, self._channel.greeting.get("heartbeat_ms", 10_000) / 1000 * 0.9)
@@ -283,9 +278,9 @@ class Worker:
                 warn(f"a worker process died ({_how(code)}); what it ran will be tried again, a new one starts")
             self._take_over(child)
         child.close()
-        if child.process is not None and not self._stopping.is_set():
+        if child.process is not None and not self._stopped():
             if now - child.started < 1 and not child.timed_out:
-                self._stopping.wait(0.5)  # not as fast as it dies
+                self._stopped(0.5)  # not as fast as it dies
             self._children.append(_Child(self))
 
     def _time_out(self, child: _Child) -> None:
