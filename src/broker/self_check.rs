@@ -1,0 +1,699 @@
+//! Random commands against the broker; after each one every invariant holds, the rebuild from its facts equals it, and event numbers
+//! have no gap. At the end, with workers present and faults over, every run ends (I22).
+//!
+//! Faults: commands repeated, late, forged or for what is gone; sessions that fall silent, detach, close, come back; restarts at
+//! any command. The seed decides everything and is in every message.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::command::*;
+use super::outcome::*;
+use super::types::*;
+use super::{Broker, OutputRule, Restoring, Settings};
+
+pub(super) struct Chance(pub u64);
+
+impl Chance {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n.max(1)
+    }
+    fn pick<'a, T>(&mut self, list: &'a [T]) -> Option<&'a T> {
+        if list.is_empty() {
+            None
+        } else {
+            Some(&list[self.below(list.len() as u64) as usize])
+        }
+    }
+}
+
+pub(super) fn payload(text: &str) -> Payload {
+    Payload {
+        codec: Codec::Json,
+        body: Body::Inline(Bytes::copy_from_slice(text.as_bytes())),
+    }
+}
+
+pub(super) fn spec(action: &str) -> Spec {
+    Spec {
+        action: action.into(),
+        queue: "default".into(),
+        taint: None,
+        priority: 0,
+        retry: Retry::default(),
+        timeout_ms: None,
+        fingerprint: None,
+        pin_code: false,
+        batch: None,
+        by_name: false,
+    }
+}
+
+fn specs() -> Vec<Arc<Spec>> {
+    let retry = Retry {
+        max_attempts: 3,
+        max_losses: 2,
+        delay_ms: 50,
+        ..Retry::default()
+    };
+    [
+        spec("plain"),
+        Spec {
+            retry,
+            ..spec("again")
+        },
+        Spec {
+            priority: 5,
+            taint: Some("gpu".into()),
+            ..spec("urgent")
+        },
+        Spec {
+            timeout_ms: Some(500),
+            retry,
+            ..spec("timed")
+        },
+        Spec {
+            batch: Some(Batch {
+                max_size: 3,
+                max_wait_ms: 40,
+            }),
+            ..spec("bundled")
+        },
+        Spec {
+            by_name: true,
+            ..spec("plain")
+        },
+        Spec {
+            fingerprint: Some("v1".into()),
+            pin_code: true,
+            ..spec("pinned")
+        },
+        Spec {
+            fingerprint: Some("v1".into()),
+            ..spec("coded")
+        },
+    ]
+    .map(Arc::new)
+    .to_vec()
+}
+
+struct Play {
+    broker: Broker,
+    settings: Settings,
+    facts: Vec<Fact>,
+    events: BTreeMap<RunSeq, u64>,
+    chance: Chance,
+    now: u64,
+    leases: Vec<Lease>,
+    runs: Vec<RunId>,
+    done: Vec<Command>,
+    specs: Vec<Arc<Spec>>,
+    seed: u64,
+    commands: u64,
+    refused: BTreeMap<&'static str, u64>,
+}
+
+const SECRET: [u8; 16] = [7; 16];
+
+impl Play {
+    fn new(seed: u64) -> Self {
+        let settings = Settings {
+            lease_ms: 300,
+            detach_grace_ms: 50,
+            dedup_window_ms: 2_000,
+            slice: [1, 2, 5, 4_096][(seed % 4) as usize],
+            outputs: vec![
+                OutputRule {
+                    name: "all".into(),
+                    action: "*".into(),
+                    succeeded: true,
+                    failed: true,
+                },
+                OutputRule {
+                    name: "bad".into(),
+                    action: "p*".into(),
+                    succeeded: false,
+                    failed: true,
+                },
+            ],
+            ..Settings::default()
+        };
+        Self {
+            broker: Broker::new(settings.clone(), SECRET),
+            settings,
+            facts: Vec::new(),
+            events: BTreeMap::new(),
+            chance: Chance(seed),
+            now: 0,
+            leases: Vec::new(),
+            runs: Vec::new(),
+            done: Vec::new(),
+            specs: specs(),
+            seed,
+            commands: 0,
+            refused: BTreeMap::new(),
+        }
+    }
+
+    fn turn(&mut self) -> Turn {
+        Turn {
+            now: Timestamp(self.now),
+            wall: WallTime(1_000_000 + self.now),
+            seed: self.chance.next(),
+        }
+    }
+
+    fn apply(&mut self, command: Command) -> Reply {
+        self.commands += 1;
+        for seq in self.broker.needs(&command) {
+            let facts: Vec<Fact> = self
+                .facts
+                .iter()
+                .filter(|fact| run_of(fact) == Some(seq))
+                .cloned()
+                .collect();
+            let deleted = facts
+                .iter()
+                .any(|fact| matches!(fact, Fact::RunDeleted { .. }));
+            if !deleted {
+                self.broker.adopt(seq, facts).unwrap();
+            }
+        }
+        let turn = self.turn();
+        let mut tx = Tx::default();
+        let reply = self.broker.apply(&mut tx, turn, command);
+        for fact in &tx.facts {
+            let (run, event, n) = match fact {
+                Fact::Nodes {
+                    run, event, nodes, ..
+                } => (*run, *event, nodes.len() as u64),
+                Fact::Node { node, event, .. } => (node.run, *event, 1),
+                _ => continue,
+            };
+            let last = self.events.entry(run).or_insert(0);
+            assert_eq!(*last + 1, event, "I11 no gap, seed {}", self.seed);
+            *last += n;
+        }
+        self.facts.append(&mut tx.facts);
+        for effect in tx.effects {
+            if let Effect::Lease(lease) = effect {
+                self.leases.push(lease);
+            }
+        }
+        for no in refusals(&reply) {
+            *self.refused.entry(no.code.as_str()).or_default() += 1;
+        }
+        self.broker.check_invariants();
+        reply
+    }
+
+    fn rebuilt(&self) -> Broker {
+        let mut restoring = Restoring::new(self.settings.clone(), SECRET);
+        for fact in &self.facts {
+            restoring.absorb(fact.clone());
+        }
+        let broker = restoring
+            .finish(self.broker.world.now, self.broker.world.next_run)
+            .unwrap();
+        broker.check_invariants();
+        broker
+    }
+
+    fn compare(&self) {
+        let (mine, other) = (self.broker.fingerprint(), self.rebuilt().fingerprint());
+        if mine != other {
+            for (a, b) in mine.lines().zip(other.lines()) {
+                assert_eq!(
+                    a, b,
+                    "live and rebuilt differ, seed {} command {}",
+                    self.seed, self.commands
+                );
+            }
+            panic!("live and rebuilt differ in length, seed {}", self.seed);
+        }
+    }
+
+    fn new_nodes(&mut self, n: u64, own: &[NodeIndex]) -> Vec<NewNode> {
+        (0..n)
+            .map(|at| {
+                let mut inputs = Vec::new();
+                for _ in 0..self.chance.below(3) {
+                    let mode = [InputUse::Value, InputUse::Outcome, InputUse::After]
+                        [self.chance.below(3) as usize];
+                    if at > 0 && self.chance.below(3) > 0 {
+                        let first = self.chance.below(at);
+                        let count = 1 + self.chance.below(at - first);
+                        inputs.push(NewInput {
+                            first: NodeRef::New(first as u32),
+                            count: count as u32,
+                            mode,
+                        });
+                    } else if let Some(node) = self.chance.pick(own) {
+                        inputs.push(NewInput {
+                            first: NodeRef::Existing(*node),
+                            count: 1,
+                            mode,
+                        });
+                    }
+                }
+                let delay = match self.chance.below(8) {
+                    0 => Delay::For(self.chance.below(200)),
+                    1 => Delay::Until(WallTime(1_000_000 + self.now + self.chance.below(200))),
+                    _ => Delay::None,
+                };
+                NewNode {
+                    spec: self.chance.below(self.specs.len() as u64) as u32,
+                    arguments: payload("1"),
+                    inputs,
+                    delay,
+                }
+            })
+            .collect()
+    }
+
+    fn submit(&mut self) {
+        let n = 1 + self.chance.below(6);
+        let nodes = self.new_nodes(n, &[]);
+        let key = (self.chance.below(3) == 0).then(|| SubmissionKey {
+            hash: KeyHash(self.chance.below(6).into()),
+            content: self.chance.below(2),
+        });
+        let route: Arc<str> = "in".into();
+        let origin = match self.chance.below(6) {
+            0 => {
+                let position = self.chance.below(30);
+                Some(Identity::Position {
+                    partition: "p".into(),
+                    position,
+                    next: position + 1,
+                })
+            }
+            1 => Some(Identity::Key(KeyHash(
+                100 + u128::from(self.chance.below(5)),
+            ))),
+            2 => Some(Identity::DeadLetter {
+                seq: self.chance.below(4),
+            }),
+            _ => None,
+        }
+        .map(|identity| Origin { route, identity });
+        let submission = Submission {
+            key,
+            specs: self.specs.clone(),
+            root: self.chance.below(n) as u32,
+            nodes,
+            tags: BTreeMap::new(),
+            origin,
+        };
+        let Reply::Submitted(list) = self.apply(Command::Submit(vec![submission])) else {
+            panic!()
+        };
+        for submitted in list.into_iter().flatten() {
+            self.runs.push(submitted.run);
+        }
+    }
+
+    fn children_of(&self, key: NodeKey) -> Vec<NodeIndex> {
+        self.broker.runs.get(&key.run).map_or(Vec::new(), |run| {
+            (0..run.len())
+                .filter(|node| {
+                    run.core(*node).parent == key.node.0 || run.state(*node).is_terminal()
+                })
+                .map(NodeIndex)
+                .collect()
+        })
+    }
+
+    fn completion(&mut self, lease: &Lease) -> Completion {
+        let own = self.children_of(lease.node);
+        let big = self
+            .broker
+            .runs
+            .get(&lease.node.run)
+            .is_some_and(|run| run.len() > 40);
+        let n = if big { 0 } else { self.chance.below(4) };
+        let children = self.new_nodes(n, &own);
+        let some = |chance: &mut Chance| {
+            if n > 0 && (own.is_empty() || chance.below(2) == 0) {
+                Some(NodeRef::New(chance.below(n) as u32))
+            } else {
+                chance.pick(&own).map(|node| NodeRef::Existing(*node))
+            }
+        };
+        let end = match self.chance.below(10) {
+            0 => AttemptEnd::Released,
+            1 | 2 => AttemptEnd::Failed {
+                error: payload("{}"),
+                retryable: self.chance.below(3) > 0,
+                timed_out: self.chance.below(4) == 0,
+            },
+            3 | 4 => match some(&mut self.chance) {
+                Some(node) => AttemptEnd::Tail(node),
+                None => AttemptEnd::Value(payload("2")),
+            },
+            5 | 6 => {
+                let references = (0..self.chance.below(3))
+                    .filter_map(|_| some(&mut self.chance))
+                    .map(|first| NewInput {
+                        first,
+                        count: 1,
+                        mode: InputUse::Value,
+                    })
+                    .collect();
+                AttemptEnd::Structure {
+                    body: payload("[]"),
+                    references,
+                }
+            }
+            _ => AttemptEnd::Value(payload("3")),
+        };
+        Completion {
+            node: lease.node,
+            attempt: lease.attempt,
+            token: lease.token,
+            digest: self.chance.next(),
+            specs: self.specs.clone(),
+            children,
+            end,
+        }
+    }
+
+    fn finish(&mut self, n: u64) {
+        let mut list = Vec::new();
+        for _ in 0..n {
+            if self.leases.is_empty() {
+                break;
+            }
+            let at = self.chance.below(self.leases.len() as u64) as usize;
+            let lease = self.leases.swap_remove(at);
+            let mut completion = self.completion(&lease);
+            match self.chance.below(20) {
+                0 => completion.token.0[3] ^= 1,
+                1 => completion.attempt.0 += 1,
+                2 => completion.attempt.0 -= 1,
+                3 => {
+                    completion.token = LeaseToken([0; 16]);
+                    completion.end = AttemptEnd::Released;
+                }
+                _ => {}
+            }
+            list.push(completion);
+        }
+        let command = Command::Finish(list);
+        self.done.push(command.clone());
+        self.apply(command);
+        if self.chance.below(4) == 0
+            && let Some(again) = self.chance.pick(&self.done).cloned()
+        {
+            let before = self.facts.len();
+            let reply = self.apply(again);
+            let all_no = refusals(&reply).len()
+                == match &reply {
+                    Reply::Done(list) => list.len(),
+                    _ => 0,
+                };
+            let _ = (before, all_no);
+        }
+    }
+
+    fn flush(&mut self) {
+        let Some(lease) = self.chance.pick(&self.leases).cloned() else {
+            return;
+        };
+        let own: Vec<NodeIndex> = self
+            .broker
+            .runs
+            .get(&lease.node.run)
+            .map_or(Vec::new(), |run| {
+                (0..run.len())
+                    .filter(|node| run.core(*node).parent == lease.node.node.0)
+                    .map(NodeIndex)
+                    .collect()
+            });
+        if own.len() > 8 {
+            return;
+        }
+        let n = 1 + self.chance.below(3);
+        let children = self.new_nodes(n, &own);
+        let first_child = match self.chance.below(4) {
+            0 => self.chance.below(own.len() as u64 + 2) as u32,
+            _ => own.len() as u32,
+        };
+        let command = Command::CreateChildren(CreateChildren {
+            node: lease.node,
+            attempt: lease.attempt,
+            token: lease.token,
+            first_child,
+            specs: self.specs.clone(),
+            children,
+        });
+        let first = self.apply(command.clone());
+        let nodes = self
+            .facts
+            .iter()
+            .filter(|fact| matches!(fact, Fact::Nodes { .. }))
+            .count();
+        if let Reply::Created(Ok(_)) = first {
+            // Another attempt may not have begun in the meantime: a repetition is the same child.
+            let again = self.apply(command);
+            if let Reply::Created(Ok(_)) = again {
+                assert_eq!(first, again, "G7 the same child, seed {}", self.seed);
+                let after = self
+                    .facts
+                    .iter()
+                    .filter(|fact| matches!(fact, Fact::Nodes { .. }))
+                    .count();
+                assert_eq!(nodes, after, "G7 no second child, seed {}", self.seed);
+            }
+        }
+    }
+
+    fn attach(&mut self, session: u64) {
+        let mut actions = self.specs.clone();
+        actions.retain(|spec| !spec.by_name);
+        if self.chance.below(3) == 0 {
+            for spec in &mut actions {
+                if spec.fingerprint.is_some() {
+                    *spec = Arc::new(Spec {
+                        fingerprint: Some("v2".into()),
+                        ..Spec::clone(spec)
+                    });
+                }
+            }
+        }
+        let tolerations = if self.chance.below(2) == 0 {
+            vec!["gpu".into()]
+        } else {
+            vec![]
+        };
+        self.apply(Command::Attach(Attach {
+            session: SessionId(session),
+            name: "w".into(),
+            queues: vec!["default".into()],
+            tolerations,
+            actions,
+        }));
+        let calls = 1 + self.chance.below(6) as u32;
+        self.apply(Command::Credit {
+            session: SessionId(session),
+            calls,
+        });
+    }
+
+    fn step(&mut self) {
+        let session = 1 + self.chance.below(3);
+        match self.chance.below(40) {
+            0..=5 => self.submit(),
+            6..=8 => self.attach(session),
+            9 => {
+                self.apply(Command::Detach(SessionId(session)));
+            }
+            10 => {
+                self.apply(Command::Close(SessionId(session)));
+            }
+            11..=14 => {
+                let calls = self.chance.below(5) as u32;
+                self.apply(Command::Credit {
+                    session: SessionId(session),
+                    calls,
+                });
+            }
+            15..=17 => {
+                self.apply(Command::Touch((1..=session).map(SessionId).collect()));
+            }
+            18..=26 => {
+                let n = 1 + self.chance.below(4);
+                self.finish(n);
+            }
+            27 | 28 => self.flush(),
+            29 => {
+                if let Some(run) = self.chance.pick(&self.runs).copied() {
+                    self.apply(Command::Cancel {
+                        run,
+                        reason: "no".into(),
+                    });
+                }
+            }
+            30 => {
+                if let Some(run) = self.chance.pick(&self.runs).copied() {
+                    self.apply(Command::Resume(run));
+                }
+            }
+            31 => {
+                let seqs = (0..self.chance.below(4))
+                    .map(|_| 1 + self.chance.below(20))
+                    .collect();
+                self.apply(Command::ConfirmOutbox {
+                    output: "all".into(),
+                    seqs,
+                });
+            }
+            32 => {
+                let run = RunSeq(self.chance.below(12));
+                self.apply(Command::Expire(vec![run]));
+            }
+            33 => {
+                let key = KeyHash(100 + u128::from(self.chance.below(5)));
+                let identity =
+                    [Identity::None, Identity::Key(key)][self.chance.below(2) as usize].clone();
+                self.apply(Command::DeadLetter(vec![DeadLetter {
+                    origin: Origin {
+                        route: "in".into(),
+                        identity,
+                    },
+                    code: "X".into(),
+                    reason: "x".into(),
+                    attempts: 5,
+                    coordinates: BTreeMap::new(),
+                    body: payload("?"),
+                }]));
+            }
+            34 => {
+                self.apply(Command::DropDeadLetter {
+                    route: "in".into(),
+                    seq: 1,
+                });
+            }
+            35 => {
+                self.broker = self.rebuilt();
+            }
+            _ => {
+                self.now += self.chance.below(120);
+                self.apply(Command::Tick);
+            }
+        }
+        self.compare();
+    }
+
+    /// Faults are over: a worker that can do everything, and time goes on.
+    fn end(&mut self) {
+        let all: Vec<Arc<Spec>> = self
+            .specs
+            .iter()
+            .filter(|spec| !spec.by_name)
+            .cloned()
+            .collect();
+        let coded = |code: &'static str| {
+            all.iter()
+                .map(|spec| {
+                    Arc::new(Spec {
+                        fingerprint: spec.fingerprint.as_ref().map(|_| code.into()),
+                        ..Spec::clone(spec)
+                    })
+                })
+                .collect::<Vec<_>>()
+        };
+        for (session, code) in [(11, "v1"), (12, "v2")] {
+            self.apply(Command::Attach(Attach {
+                session: SessionId(session),
+                name: "w".into(),
+                queues: vec!["default".into()],
+                tolerations: vec!["gpu".into()],
+                actions: coded(code),
+            }));
+        }
+        for _ in 0..10_000 {
+            if self.broker.runs.is_empty() {
+                break;
+            }
+            self.apply(Command::Touch(vec![SessionId(11), SessionId(12)]));
+            for session in [11, 12] {
+                self.apply(Command::Credit {
+                    session: SessionId(session),
+                    calls: 100,
+                });
+            }
+            let list = std::mem::take(&mut self.leases)
+                .into_iter()
+                .map(|lease| Completion {
+                    node: lease.node,
+                    attempt: lease.attempt,
+                    token: lease.token,
+                    digest: 9,
+                    specs: vec![],
+                    children: vec![],
+                    end: AttemptEnd::Value(payload("3")),
+                })
+                .collect();
+            self.apply(Command::Finish(list));
+            self.now += 20;
+            self.apply(Command::Tick);
+        }
+        assert!(
+            self.broker.runs.is_empty(),
+            "I22 every run ends, seed {}\n{}",
+            self.seed,
+            self.broker.fingerprint()
+        );
+        assert_eq!(self.broker.world.open_nodes, 0);
+        self.compare();
+    }
+}
+
+fn refusals(reply: &Reply) -> Vec<Rejection> {
+    match reply {
+        Reply::Submitted(list) => list.iter().filter_map(|r| r.clone().err()).collect(),
+        Reply::Done(list) => list.iter().filter_map(|r| r.clone().err()).collect(),
+        Reply::Created(result) => result.clone().err().into_iter().collect(),
+        Reply::Attached(_) => vec![],
+    }
+}
+
+fn run_of(fact: &Fact) -> Option<RunSeq> {
+    match fact {
+        Fact::Run { run, .. } | Fact::Nodes { run, .. } | Fact::RunDeleted { run } => Some(*run),
+        Fact::Node { node, .. } | Fact::Outcome { node, .. } => Some(node.run),
+        _ => None,
+    }
+}
+
+#[test]
+fn random_commands_keep_every_invariant_and_the_rebuild_equal() {
+    let seeds: Vec<u64> = match std::env::var("SEED") {
+        Ok(seed) => vec![seed.parse().unwrap()],
+        Err(_) => (0..250).collect(),
+    };
+    let mut refused: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut commands = 0;
+    for seed in seeds {
+        let mut play = Play::new(seed);
+        for _ in 0..150 {
+            play.step();
+        }
+        play.end();
+        commands += play.commands;
+        for (code, n) in play.refused {
+            *refused.entry(code).or_default() += n;
+        }
+    }
+    println!("{commands} commands; refused: {refused:?}");
+}
