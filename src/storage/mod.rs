@@ -2,7 +2,27 @@
 //!
 //! Only this module knows sled and bincode. Callers see facts going in, and facts, records and payloads coming out.
 
+pub mod conformance;
+mod digest;
+pub mod disk;
+pub mod durable;
+mod loading;
+mod lock;
+pub mod log;
+pub mod memory;
+mod meta;
+pub mod overlay;
+mod paged_table;
+pub mod pages;
+pub mod payloads;
+pub mod reader;
+pub mod records;
 pub mod row;
+pub mod rows;
+pub mod sled;
+mod state;
+pub mod state_thread;
+pub mod sync_shim;
 
 use bytes::Bytes;
 

@@ -10,11 +10,11 @@ use bytes::Bytes;
 pub enum Table {
     /// Meta records, one key each, not paged.
     Meta = b'm',
-    /// Specs: (spec id, 0). Kept in one run-less digest group.
+    /// Specs: (spec id, part). Kept in one run-less digest group.
     Spec = b's',
-    /// Names of routes and outputs: (name id, 0).
+    /// Names of routes and outputs: (name id, part).
     Name = b't',
-    /// What actions announced: (xxh3-64 of the action, 0).
+    /// What actions announced: (xxh3-64 of the action, part).
     Announced = b'w',
     /// Headers of open runs: (run, 0). Start scans only these.
     OpenRun = b'o',
@@ -25,21 +25,24 @@ pub enum Table {
     /// Arguments, written once: (run, node).
     Arguments = b'a',
     /// Inputs and references as ranges: (run, node << 32 | part); parts from 0 are inputs, from `1 << 31` references.
+    /// The node number `u32::MAX` holds what did not fit the run's header.
     Inputs = b'i',
     /// Outcomes: (run, node).
     Outcome = b'v',
     /// Events: (run, number of the first event in the row).
     Event = b'e',
-    /// Submission and dedup keys: (hour taken, low half of the hash).
+    /// Submission and dedup keys: (broker time taken >> 13, low half of the hash).
     Key = b'k',
-    /// Inbox positions: (route, xxh3-64 of the partition).
+    /// Inbox positions: (route, xxh3-64 of the partition with a part number as its low 16 bits).
     Position = b'b',
     /// Deliveries owed: (output, seq).
     Outbox = b'f',
-    /// Cursor of an outbox: (output, 0).
+    /// Cursor of an outbox: (output, part).
     OutboxCursor = b'F',
-    /// Dead letters: (route, seq).
+    /// Dead letters: (route, seq << 16 | part).
     DeadLetter = b'd',
+    /// Which runs have large payloads in a payload segment: (segment, run). Not one of the tables of runs.
+    Payload = b'g',
 }
 
 /// Place of a row. Rows of one `major` (a run, a route, an hour) are neighbours and die together.
