@@ -1,5 +1,7 @@
 //! Dagorama.
+pub mod bridges;
 pub mod broker;
 pub mod config;
+pub mod engine;
 pub mod error;
 pub mod storage;
