@@ -1,7 +1,6 @@
 //! The composition root: who is started with what, in which order, and stopped in the reverse one. Only this module knows everyone.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -264,7 +263,7 @@ impl native::Extensions for Rest {
         self.bridges.list()
     }
 
-    fn dlq(&self, request: Value) -> native::BoxFuture<'_, Result<Value, Rejection>> {
+    fn dlq(&self, request: Value) -> dagorama_bridge_api::BoxFuture<'_, Result<Value, Rejection>> {
         Box::pin(self.bridges.dlq(request))
     }
 

@@ -30,13 +30,13 @@ mod node;
 mod outbox;
 pub mod outcome;
 mod queue;
-mod restore;
+pub mod restore;
 mod retry;
 mod rounds;
 mod run;
 #[cfg(test)]
 mod self_check;
-mod settings;
+pub mod settings;
 mod spec;
 mod timer;
 pub mod types;

@@ -7,6 +7,7 @@ pub(crate) mod conformance;
 mod digest;
 pub mod disk;
 pub mod durable;
+mod gauges;
 mod loading;
 mod lock;
 pub mod log;

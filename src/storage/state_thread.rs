@@ -211,6 +211,12 @@ impl StateThread {
         self.shared.synced()
     }
 
+    /// The synced position, for readers on any thread.
+    pub fn watch(&self) -> Arc<dyn Fn() -> u64 + Send + Sync> {
+        let shared = Arc::clone(&self.shared);
+        Arc::new(move || shared.synced().0)
+    }
+
     /// Bytes of log that a start would have to replay.
     pub fn unapplied_log_bytes(&self, current_position: u64) -> u64 {
         current_position.saturating_sub(self.synced().0)
