@@ -23,12 +23,10 @@ use request::{Cost, cost, is_intake, refuse};
 pub use request::{Request, Ticket};
 pub use thread::{EngineOptions, EngineThread, spawn};
 
-use crate::broker::Broker;
 use crate::broker::command::{Answer, Code, Command, Query, Rejection};
 use crate::broker::outcome::{Effect, Fact, Tx};
-use crate::broker::restore::{CorruptStore, Restoring};
-use crate::broker::settings::Settings;
 use crate::broker::types::{NameId, RunSeq, Spec, SpecId, Timestamp, Turn, WallTime};
+use crate::broker::{Broker, CorruptStore, Restoring, Settings};
 use crate::storage::{Loaded, Pressure, StorageBatch, StorageError, Store};
 
 /// The most that a turn takes, except that the first request of each queue always fits.

@@ -15,8 +15,8 @@ use super::inbox::{Arrived, Charge, Envelope, Inbox};
 use super::load::read_run;
 use super::routes::Routes;
 use super::{Engine, Request, StartError, Ticket, TurnOutput};
+use crate::broker::Settings;
 use crate::broker::command::{Answer, Command, Reply};
-use crate::broker::settings::Settings;
 use crate::broker::types::{RunSeq, Timestamp, Turn};
 use crate::storage::{Loaded, Pressure, StorageError, Store};
 
@@ -448,8 +448,15 @@ mod tests {
         assert!(jobs.try_recv().is_err(), "not yet");
         retention.begin_if_due(Timestamp(60_000));
         let job = jobs.try_recv().unwrap();
-        assert_eq!((job.first, job.ended_before), (RunSeq(0), Timestamp(59_000)));
-        assert_eq!(retention.due_in(Timestamp(60_000)), None, "one pass at a time");
+        assert_eq!(
+            (job.first, job.ended_before),
+            (RunSeq(0), Timestamp(59_000))
+        );
+        assert_eq!(
+            retention.due_in(Timestamp(60_000)),
+            None,
+            "one pass at a time"
+        );
 
         let now = Timestamp(60_100);
         let old = retention.found(vec![RunSeq(1)], Some(RunSeq(2)), now);
@@ -458,13 +465,21 @@ mod tests {
         while let Ok(job) = jobs.try_recv() {
             assert_eq!(job.first, RunSeq(2 + slices));
             slices += 1;
-            assert!(retention.found(Vec::new(), Some(RunSeq(2 + slices)), now).is_empty());
+            assert!(
+                retention
+                    .found(Vec::new(), Some(RunSeq(2 + slices)), now)
+                    .is_empty()
+            );
         }
         assert_eq!(slices, u64::from(RETENTION_FRUITLESS));
         assert_eq!(retention.due_in(Timestamp(60_100)), Some(59_900));
 
         retention.begin_if_due(Timestamp(120_000));
-        assert_eq!(jobs.try_recv().unwrap().first, RunSeq(0), "again from the oldest");
+        assert_eq!(
+            jobs.try_recv().unwrap().first,
+            RunSeq(0),
+            "again from the oldest"
+        );
         retention.found(vec![RunSeq(9)], None, now);
         assert!(jobs.try_recv().is_err(), "at the end of the table");
         assert!(retention.due_in(Timestamp(130_000)).is_some());

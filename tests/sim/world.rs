@@ -8,17 +8,15 @@ mod workers;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 
-use dagorama::broker::Broker;
 use dagorama::broker::command::{
     Answer, AttemptEnd, Code, Command, Completion, Query, Reply, Submission, SubmissionKey,
 };
 use dagorama::broker::outcome::{Effect, Lease};
-use dagorama::broker::restore::Restoring;
-use dagorama::broker::settings::Settings;
 use dagorama::broker::types::{
     Attempt, KeyHash, LeaseToken, NodeKey, RunId, RunSeq, RunState, SessionId, Timestamp, Turn,
     WallTime,
 };
+use dagorama::broker::{Broker, Restoring, Settings};
 use dagorama::engine::load::{RunFacts, read_run};
 use dagorama::engine::{Engine, Request, Ticket};
 use dagorama::storage::memory::MemoryStore;
