@@ -24,3 +24,4 @@ pub mod error;
 pub mod server;
 pub mod storage;
 pub mod telemetry;
+pub mod verify;
