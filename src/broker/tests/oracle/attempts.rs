@@ -235,6 +235,9 @@ impl Oracle {
         let (now, wall) = (self.now, self.wall);
         for at in 0..self.runs.len() {
             let run = &mut self.runs[at];
+            if run.ended {
+                continue;
+            }
             for node in &mut run.nodes {
                 if node.stage == Stage::Backoff && node.not_before <= now && !run.cancelled {
                     node.stage = Stage::Open;
@@ -277,7 +280,9 @@ impl Oracle {
             }
         }
         for run in 0..self.runs.len() {
-            self.settle(run);
+            if !self.runs[run].ended {
+                self.settle(run);
+            }
         }
         self.forget_idle_sessions();
     }

@@ -99,7 +99,7 @@ impl Oracle {
             if session.credit == 0 || !session.attached || self.silent(session) {
                 continue;
             }
-            for run in 0..self.runs.len() {
+            for run in (0..self.runs.len()).filter(|run| !self.runs[*run].ended) {
                 for at in 0..self.runs[run].nodes.len() {
                     let Some(spec) = self.resolved(&self.runs[run].nodes[at].spec) else {
                         continue;
@@ -215,7 +215,7 @@ impl Oracle {
         spec: &Arc<Spec>,
     ) -> Result<(), String> {
         let mine = self.rank(run, at);
-        for other in 0..self.runs.len() {
+        for other in (0..self.runs.len()).filter(|other| !self.runs[*other].ended) {
             for node in 0..self.runs[other].nodes.len() {
                 let recorded = &self.runs[other].nodes[node].spec;
                 let Some(theirs) = self.resolved(recorded) else {

@@ -174,10 +174,11 @@ impl Schedule {
         which: &dyn Fn(&crate::broker::tests::oracle::OracleRun) -> bool,
     ) -> Result<(), String> {
         for at in 0..self.oracle.runs.len() {
-            let run = self.oracle.runs[at].clone();
-            if run.deleted || !which(&run) {
+            let run = &self.oracle.runs[at];
+            if run.deleted || !which(run) {
                 continue;
             }
+            let run = run.clone();
             let query = Query::Nodes {
                 run: run.id,
                 first: NodeIndex(0),
@@ -271,7 +272,6 @@ impl Schedule {
         if runs == restored {
             return Ok(());
         }
-        self.trace.push(format!("restored {}", self.now));
         Err(format!(
             "the rebuilt broker differs\n{}",
             facts::difference(&runs, &restored)
