@@ -412,9 +412,10 @@ fn in_circles(nodes: &[OracleNode]) -> Vec<usize> {
     loop {
         let waits = |from: usize, to: usize| {
             let node = &nodes[from];
-            match node.references.is_empty() || again.contains(&from) {
-                true => node.inputs.iter().any(|(at, _)| *at as usize == to),
-                false => node.references.iter().any(|at| *at as usize == to),
+            if node.references.is_empty() || again.contains(&from) {
+                node.inputs.iter().any(|(at, _)| *at as usize == to)
+            } else {
+                node.references.iter().any(|at| *at as usize == to)
             }
         };
         let open = |at: &usize| nodes[*at].stage != Stage::Succeeded;

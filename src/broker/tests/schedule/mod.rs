@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use super::audit::Audit;
 use super::facts;
-use super::oracle::{Expect, Oracle, Stage};
+use super::oracle::{Expect, Oracle};
 use super::parse::{payload, session};
 use super::prng::SplitMix64;
 use super::script::{self, SECRET, plain_spec};
