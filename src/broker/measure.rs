@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::command::*;
+use super::fixtures::{payload, spec};
 use super::outcome::*;
-use super::self_check::{payload, spec};
 use super::types::*;
 use super::{Broker, Restoring, Settings};
 

@@ -21,6 +21,8 @@ mod circle;
 pub mod command;
 mod complete;
 mod explain;
+#[cfg(test)]
+mod fixtures;
 mod inbox;
 mod keys;
 mod lease;
@@ -34,6 +36,8 @@ pub mod restore;
 mod retry;
 mod rounds;
 mod run;
+#[cfg(test)]
+mod scenes;
 #[cfg(test)]
 mod self_check;
 pub mod settings;
@@ -196,16 +200,16 @@ impl Broker {
         let mut needed = Vec::new();
         match command {
             Command::Finish(list) => {
-                let mut last = None;
+                let mut previous = None;
                 for completion in list {
                     let seq = completion.node.run;
                     if self.world.revoked.get(&completion.node) == Some(&completion.attempt) {
                         continue;
                     }
-                    if last != Some(seq) && self.may_exist(seq) && !needed.contains(&seq) {
+                    if previous != Some(seq) && self.may_exist(seq) && !needed.contains(&seq) {
                         needed.push(seq);
                     }
-                    last = Some(seq);
+                    previous = Some(seq);
                 }
             }
             Command::CreateChildren(request) if self.may_exist(request.node.run) => {

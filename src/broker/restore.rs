@@ -30,6 +30,8 @@ pub struct Restoring {
     damage: Option<String>,
     /// Runs whose nodes came without the run: they end later in the log, or else something is missing.
     orphans: BTreeSet<RunSeq>,
+    /// The newest run any fact was about: its number is not given again.
+    newest: RunSeq,
 }
 
 impl Restoring {
@@ -39,6 +41,7 @@ impl Restoring {
             broker: Broker::new(settings, lease_secret),
             damage: None,
             orphans: BTreeSet::new(),
+            newest: RunSeq(0),
         }
     }
 
@@ -52,6 +55,7 @@ impl Restoring {
         let runs = &mut self.broker.runs;
         match fact {
             Fact::Run { run, record } => {
+                self.newest = self.newest.max(run);
                 self.orphans.remove(&run);
                 match runs.entry(run) {
                     Entry::Vacant(place) => {
@@ -63,6 +67,7 @@ impl Restoring {
                 }
             }
             Fact::RunDeleted { run } => {
+                self.newest = self.newest.max(run);
                 self.orphans.remove(&run);
                 runs.remove(&run);
             }
@@ -100,8 +105,7 @@ impl Restoring {
         }
         let broker = &mut self.broker;
         broker.world.now = now;
-        let newest = broker.runs.last_key_value().map_or(0, |(seq, _)| seq.0);
-        broker.world.next_run = next_run.max(newest + 1).max(1);
+        broker.world.next_run = next_run.max(self.newest.0 + 1);
         broker.runs.retain(|_, run| !run.has_ended());
         for run in broker.runs.values_mut() {
             check(run, &broker.world)?;
@@ -118,8 +122,8 @@ impl Broker {
             return Ok(());
         }
         let mut adopted: Option<Box<Run>> = None;
-        for fact in &facts {
-            match (fact, &mut adopted) {
+        for fact in facts {
+            match (&fact, &mut adopted) {
                 (Fact::Run { run, record }, None) if *run == seq => {
                     let mut run = Run::new(seq, record.clone());
                     run.draft = Some(Box::default());

@@ -51,6 +51,7 @@ fn every_command_code_and_reason_appears_in_a_script() {
         super::explain::SCRIPTS,
         super::retention::SCRIPTS,
         super::limits::SCRIPTS,
+        super::edges::SCRIPTS,
     ];
     let mut seen = BTreeSet::new();
     for (name, script) in files.concat() {

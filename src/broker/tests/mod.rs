@@ -9,6 +9,7 @@ mod script;
 
 mod cancel_resume;
 mod coverage;
+mod edges;
 mod explain;
 mod finish;
 mod inbox_outbox;

@@ -42,7 +42,7 @@ scripts! {
         @1 submit r: a, z on a -> r new, a #1 to w1
         @2 finish a #1 tail b with b -> ok, b #1 to w1
         @3 finish b #1 fail -> ok, r settled, r ended
-        @4 nodes r -> a failed #1 for b (reference failed), z skipped for b, b failed #1 (attempt failed)
+        @4 nodes r -> a failed #1 for b, z skipped for b, b failed #1 (attempt failed)
         @4 value a -> b failed
     ";
     a_tail_call_to_a_flushed_child_that_has_ended: "
@@ -60,7 +60,7 @@ scripts! {
         @1 submit r: p, a any p, z on a -> r new, p #1 to w1
         @2 finish p #1 fail -> ok, a #1 to w1
         @3 finish a #1 tail p -> ok, r settled, r ended
-        @4 nodes r -> p failed #1 (attempt failed), a failed #1 for p (reference failed), z skipped for p
+        @4 nodes r -> p failed #1 (attempt failed), a failed #1 for p, z skipped for p
     ";
     a_structure_settles_when_all_its_references_have: "
         @0 attach w1 -> attached

@@ -267,8 +267,8 @@ pub(super) fn answer(world: &World, answer: &Answer) -> String {
         }
         Answer::Explained(reasons) => {
             let one = |(at, why): &(NodeIndex, Reason)| {
-                let (word, rest) = reason(world, why);
-                format!("{} {word} {rest}", in_asked_run(world, *at))
+                let (because, rest) = reason(world, why);
+                format!("{} {because} {rest}", in_asked_run(world, *at))
                     .trim_end()
                     .to_owned()
             };
@@ -328,8 +328,8 @@ pub(super) fn answer(world: &World, answer: &Answer) -> String {
             confirmed,
         } => {
             let seqs: Vec<_> = confirmed.iter().map(|seq| format!(" {seq}")).collect();
-            let word = if seqs.is_empty() { "" } else { " confirmed" };
-            format!("cursor {cursor} next {next}{word}{}", seqs.concat())
+            let intro = if seqs.is_empty() { "" } else { " confirmed" };
+            format!("cursor {cursor} next {next}{intro}{}", seqs.concat())
         }
     };
     if text.is_empty() {

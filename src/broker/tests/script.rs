@@ -257,19 +257,10 @@ impl World {
                 self.tokens.insert((lease.node, lease.attempt), lease.token);
             }
         }
-        if render::refused(&reply) {
-            if let Some(before) = before {
-                assert!(
-                    tx.facts.is_empty(),
-                    "{line}: a refusal wrote {:?}",
-                    tx.facts
-                );
-                assert_eq!(
-                    before,
-                    without_now(&self.broker.fingerprint()),
-                    "{line}: a refusal changed the state"
-                );
-            }
+        if let Some(before) = before.filter(|_| render::refused(&reply)) {
+            let (facts, after) = (&tx.facts, without_now(&self.broker.fingerprint()));
+            assert!(facts.is_empty(), "{line}: a refusal wrote {facts:?}");
+            assert_eq!(before, after, "{line}: a refusal changed the state");
         }
         self.facts.extend(tx.facts);
         if self.thorough {

@@ -235,6 +235,9 @@ impl Oracle {
         let (now, wall) = (self.now, self.wall);
         for at in 0..self.runs.len() {
             let run = &mut self.runs[at];
+            if run.ended {
+                continue;
+            }
             for node in &mut run.nodes {
                 if node.stage == Stage::Backoff && node.not_before <= now && !run.cancelled {
                     node.stage = Stage::Open;
@@ -277,7 +280,9 @@ impl Oracle {
             }
         }
         for run in 0..self.runs.len() {
-            self.settle(run);
+            if !self.runs[run].ended {
+                self.settle(run);
+            }
         }
         self.forget_idle_sessions();
     }
@@ -407,9 +412,10 @@ fn in_circles(nodes: &[OracleNode]) -> Vec<usize> {
     loop {
         let waits = |from: usize, to: usize| {
             let node = &nodes[from];
-            match node.references.is_empty() || again.contains(&from) {
-                true => node.inputs.iter().any(|(at, _)| *at as usize == to),
-                false => node.references.iter().any(|at| *at as usize == to),
+            if node.references.is_empty() || again.contains(&from) {
+                node.inputs.iter().any(|(at, _)| *at as usize == to)
+            } else {
+                node.references.iter().any(|at| *at as usize == to)
             }
         };
         let open = |at: &usize| nodes[*at].stage != Stage::Succeeded;

@@ -56,7 +56,7 @@ impl Oracle {
         }
     }
 
-    pub(super) fn serves(&self, session: &OracleSession, spec: &Spec) -> bool {
+    pub(super) fn serves(session: &OracleSession, spec: &Spec) -> bool {
         session.attached
             && session.queues.contains(&spec.queue)
             && spec
@@ -99,12 +99,12 @@ impl Oracle {
             if session.credit == 0 || !session.attached || self.silent(session) {
                 continue;
             }
-            for run in 0..self.runs.len() {
+            for run in (0..self.runs.len()).filter(|run| !self.runs[*run].ended) {
                 for at in 0..self.runs[run].nodes.len() {
                     let Some(spec) = self.resolved(&self.runs[run].nodes[at].spec) else {
                         continue;
                     };
-                    if spec.batch.is_none() && self.is_ready(run, at) && self.serves(session, spec)
+                    if spec.batch.is_none() && self.is_ready(run, at) && Self::serves(session, spec)
                     {
                         return Err(format!(
                             "node {}/{at} is ready, and {session:?} has credit",
@@ -141,7 +141,7 @@ impl Oracle {
                     self.runs[run].nodes[at]
                 ));
             }
-            if session.credit == 0 || self.silent(session) || !self.serves(session, &spec) {
+            if session.credit == 0 || self.silent(session) || !Self::serves(session, &spec) {
                 return Err(format!("{key} ({spec:?}) was given to {session:?}"));
             }
             if lease.attempt.0 != self.runs[run].nodes[at].attempt + 1
@@ -215,7 +215,7 @@ impl Oracle {
         spec: &Arc<Spec>,
     ) -> Result<(), String> {
         let mine = self.rank(run, at);
-        for other in 0..self.runs.len() {
+        for other in (0..self.runs.len()).filter(|other| !self.runs[*other].ended) {
             for node in 0..self.runs[other].nodes.len() {
                 let recorded = &self.runs[other].nodes[node].spec;
                 let Some(theirs) = self.resolved(recorded) else {
@@ -229,7 +229,7 @@ impl Oracle {
                 if comparable
                     && self.rank(other, node) < mine
                     && self.is_ready(other, node)
-                    && self.serves(session, theirs)
+                    && Self::serves(session, theirs)
                 {
                     return Err(format!(
                         "G8: {}/{node} comes before {}/{at}",
@@ -287,6 +287,16 @@ impl Oracle {
             (key, Attempt(self.runs[run].nodes[at].attempt))
         };
         self.leases_of(session).into_iter().map(one).collect()
+    }
+
+    /// The end of a chain of tail calls.
+    pub(in crate::broker::tests) fn value_node(&self, run: usize, at: usize) -> usize {
+        let node = &self.runs[run].nodes[at];
+        if node.tail {
+            self.value_node(run, node.references[0] as usize)
+        } else {
+            at
+        }
     }
 
     /// The states that users may see of a node.

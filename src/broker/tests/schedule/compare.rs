@@ -174,10 +174,11 @@ impl Schedule {
         which: &dyn Fn(&crate::broker::tests::oracle::OracleRun) -> bool,
     ) -> Result<(), String> {
         for at in 0..self.oracle.runs.len() {
-            let run = self.oracle.runs[at].clone();
-            if run.deleted || !which(&run) {
+            let run = &self.oracle.runs[at];
+            if run.deleted || !which(run) {
                 continue;
             }
+            let run = run.clone();
             let query = Query::Nodes {
                 run: run.id,
                 first: NodeIndex(0),
@@ -201,12 +202,14 @@ impl Schedule {
             };
             same(summary.state, self.oracle.run_state(at), "state of the run")?;
             same(summary.round, run.round, "round")?;
-            let roots = self.oracle.states(at, run.root as usize);
-            let shown = summary.root_state;
-            // A tail call's root shows where its value stands.
-            let follows = run.nodes[run.root as usize].stage == Stage::Settling;
-            if !(roots.contains(&shown) || follows && !shown.is_terminal()) {
-                return Err(format!("root of {}: {shown:?}, not {roots:?}", run.id));
+            let value = self.oracle.value_node(at, run.root as usize);
+            same(summary.value_node.0 as usize, value, "node with the value")?;
+            let roots = self.oracle.states(at, value);
+            if !roots.contains(&summary.root_state) {
+                return Err(format!(
+                    "root of {} is {:?}, not {roots:?}",
+                    run.id, summary.root_state
+                ));
             }
             let mut counts = BTreeMap::new();
             for node in &nodes {
@@ -271,7 +274,6 @@ impl Schedule {
         if runs == restored {
             return Ok(());
         }
-        self.trace.push(format!("restored {}", self.now));
         Err(format!(
             "the rebuilt broker differs\n{}",
             facts::difference(&runs, &restored)
