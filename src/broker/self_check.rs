@@ -286,7 +286,7 @@ impl Play {
         self.broker.runs.get(&key.run).map_or(Vec::new(), |run| {
             (0..run.len())
                 .filter(|node| {
-                    run.core(*node).parent == key.node.0 || run.state(*node).is_terminal()
+                    run.core(*node).parent == key.node.0 || run.state(*node) == NodeState::Succeeded
                 })
                 .map(NodeIndex)
                 .collect()
@@ -645,12 +645,10 @@ impl Play {
 
 #[test]
 fn random_commands_keep_every_invariant_and_the_rebuild_equal() {
-    let seeds: Vec<u64> = match std::env::var("SEED") {
-        Ok(seed) => vec![seed.parse().unwrap()],
-        Err(_) => {
-            let n = std::env::var("SEEDS").ok().and_then(|n| n.parse().ok());
-            (0..n.unwrap_or(200)).collect()
-        }
+    let number = |name| std::env::var(name).ok().and_then(|n| n.parse().ok());
+    let seeds: Vec<u64> = match number("SEED") {
+        Some(seed) => vec![seed],
+        None => (0..number("SEEDS").unwrap_or(200)).collect(),
     };
     let mut refused: BTreeMap<&str, u64> = BTreeMap::new();
     let mut commands = 0;
