@@ -2,6 +2,8 @@
 //!
 //! Only this module knows sled and bincode. Callers see facts going in, and facts, records and payloads coming out.
 
+#[cfg(test)]
+mod dice;
 mod digest;
 mod loading;
 pub mod memory;
@@ -17,6 +19,7 @@ pub mod sled;
 mod state;
 pub mod state_thread;
 pub mod sync_shim;
+mod window;
 
 use bytes::Bytes;
 
