@@ -44,6 +44,7 @@ fn speed_of_windows_is_printed() {
     }
     let pushed: usize = entries.iter().map(|batch| batch.rows.len()).sum();
     let total = crate::storage::sync_shim::boot_clock_ms();
+    let syncs = crate::storage::sync_shim::sled_syncs();
     let mut pushing = 0;
     for (sequence, batch) in entries.into_iter().enumerate() {
         let entry = entry(sequence as u64 + 1, batch);
@@ -55,11 +56,12 @@ fn speed_of_windows_is_printed() {
     let total = (crate::storage::sync_shim::boot_clock_ms() - total).max(1);
     let bytes = fs::metadata(path.join("db")).expect("db").len();
     println!(
-        "{} nodes, {pushed} rows: {} ns a row for push, {} nodes/s through sled, {} bytes of sled a node",
+        "{} nodes, {pushed} rows: {} ns a row for push, {} nodes/s through sled, {} bytes of sled a node, {} syncs",
         runs * nodes,
         pushing * 1_000_000 / pushed as u64,
         runs * nodes * 1_000 / total,
         bytes / (runs * nodes),
+        crate::storage::sync_shim::sled_syncs() - syncs,
     );
     thread.close().expect("close");
     let start = crate::storage::sync_shim::boot_clock_ms();
