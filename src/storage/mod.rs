@@ -3,14 +3,21 @@
 //! Only this module knows sled and bincode. Callers see facts going in, and facts, records and payloads coming out.
 
 #[cfg(test)]
+pub(crate) mod conformance;
+#[cfg(test)]
 mod dice;
 mod digest;
+pub mod disk;
+pub mod durable;
 mod loading;
+mod lock;
+pub mod log;
 pub mod memory;
 mod meta;
 pub mod overlay;
 mod paged_table;
 pub mod pages;
+pub mod payloads;
 pub mod reader;
 pub mod records;
 pub mod row;

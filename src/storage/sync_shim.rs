@@ -73,6 +73,19 @@ pub fn boot_clock_ms() -> u64 {
         + u64::try_from(time.tv_nsec).unwrap_or(0) / 1_000_000
 }
 
+/// Milliseconds since the Unix epoch, as the machine believes.
+pub fn wall_clock_ms() -> u64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `time` lives through the call and is the out-parameter's type.
+    let result = unsafe { libc::clock_gettime(libc::CLOCK_REALTIME, &raw mut time) };
+    debug_assert_eq!(result, 0, "CLOCK_REALTIME exists everywhere");
+    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000
+        + u64::try_from(time.tv_nsec).unwrap_or(0) / 1_000_000
+}
+
 /// Gives memory that the allocator keeps for later back to the system.
 pub fn malloc_trim() {
     #[cfg(target_env = "gnu")]

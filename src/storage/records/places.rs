@@ -130,14 +130,14 @@ impl PayloadUse {
     }
 
     /// What a start found.
-    pub(super) fn restore(&mut self, segment: u32, owner: u64, end: u64) {
+    pub(crate) fn restore(&mut self, segment: u32, owner: u64, end: u64) {
         let segment = self.segments.entry(segment).or_default();
         segment.runs.insert(owner);
         segment.end = segment.end.max(end);
     }
 
     /// Forgets all uses by an owner; gives the segments it had used.
-    pub(super) fn release(&mut self, owner: u64) -> Vec<u32> {
+    pub(crate) fn release(&mut self, owner: u64) -> Vec<u32> {
         self.segments
             .iter_mut()
             .filter_map(|(number, segment)| segment.runs.remove(&owner).then_some(*number))
@@ -172,7 +172,12 @@ mod tests {
     #[test]
     fn a_key_is_found_where_it_was_put_for_years() {
         let mut places = KeyPlaces::default();
-        for (n, at) in [(1u128, 0u64), (2, 8_191), (3, 8_192), (4, 1_700_000_000_000)] {
+        for (n, at) in [
+            (1u128, 0u64),
+            (2, 8_191),
+            (3, 8_192),
+            (4, 1_700_000_000_000),
+        ] {
             let key = KeyHash(n << 88 | 77);
             places.insert(key, Timestamp(at));
             let later = Timestamp(at + 3 * 365 * 86_400_000);
