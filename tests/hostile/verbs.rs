@@ -9,7 +9,7 @@ use crate::world::{Raw, World};
 const RUN: &str = "1-0123456789abcdef";
 
 /// A body for each verb that its decoder takes.
-pub const GOOD_BODIES: &[(Verb, &[u8])] = &[
+pub(crate) const GOOD_BODIES: &[(Verb, &[u8])] = &[
     (Verb::Hello, br#"{"version": 1, "kind": "client"}"#),
     (Verb::Define, br#"[{"id": 1, "action": "a"}]"#),
     (

@@ -1,6 +1,10 @@
 //! A broker on a store in memory, served on a port of its own, and a connection that speaks in raw frames.
 
-#![allow(dead_code, reason = "each test program uses its part of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "each test program uses its part of it"
+)]
 
 use std::net::SocketAddr;
 use std::sync::Arc;
