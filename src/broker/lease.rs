@@ -65,22 +65,23 @@ pub(super) fn standing(
         ))
     };
     let node = claim.node.node.0;
-    let may_say = |world: &World| {
-        claim.without_token || world.token(claim.node, claim.attempt) == claim.token
-    };
-    let Some(run) = run.filter(|run| node < run.len()) else {
-        if run.is_none() && world.revoked.get(&claim.node) == Some(&claim.attempt) && may_say(world)
-        {
+    let proven = || claim.without_token || world.token(claim.node, claim.attempt) == claim.token;
+    let forged = "the token is not the one it was given";
+    if run.is_none() && world.revoked.get(&claim.node) == Some(&claim.attempt) {
+        if proven() {
             return no(Code::LeaseRevoked, REVOKED);
         }
+        return no(Code::LeaseUnknown, forged);
+    }
+    let Some(run) = run.filter(|run| node < run.len()) else {
         return no(Code::LeaseUnknown, "there is no such node");
     };
     let core = run.core(node);
     if claim.attempt.0 == 0 || claim.attempt.0 > core.attempt {
         return no(Code::LeaseUnknown, "it never began");
     }
-    if !may_say(world) {
-        return no(Code::LeaseUnknown, "the token is not the one it was given");
+    if !proven() {
+        return no(Code::LeaseUnknown, forged);
     }
     let latest = claim.attempt.0 == core.attempt;
     if latest && core.stage == Stage::Leased && !run.record.cancelled {

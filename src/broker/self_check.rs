@@ -108,6 +108,8 @@ fn specs() -> Vec<Arc<Spec>> {
 
 struct Play {
     broker: Broker,
+    /// Gets the same commands, but ended runs are adopted when nobody asked for it: that must change nothing.
+    twin: Broker,
     settings: Settings,
     facts: Vec<Fact>,
     events: BTreeMap<RunSeq, u64>,
@@ -149,6 +151,7 @@ impl Play {
         };
         Self {
             broker: Broker::new(settings.clone(), SECRET),
+            twin: Broker::new(settings.clone(), SECRET),
             settings,
             facts: Vec::new(),
             events: BTreeMap::new(),
@@ -175,22 +178,30 @@ impl Play {
     fn apply(&mut self, command: Command) -> Reply {
         self.commands += 1;
         for seq in self.broker.needs(&command) {
-            let facts: Vec<Fact> = self
-                .facts
-                .iter()
-                .filter(|fact| run_of(fact) == Some(seq))
-                .cloned()
-                .collect();
-            let deleted = facts
-                .iter()
-                .any(|fact| matches!(fact, Fact::RunDeleted { .. }));
-            if !deleted {
-                self.broker.adopt(seq, facts).unwrap();
-            }
+            let facts = self.facts_of(seq);
+            self.broker.adopt(seq, facts.clone()).unwrap();
+            self.twin.adopt(seq, facts).unwrap();
+        }
+        if self.chance.below(3) == 0 {
+            let seq = RunSeq(1 + self.chance.below(self.broker.world.next_run));
+            self.twin.adopt(seq, self.facts_of(seq)).unwrap();
         }
         let turn = self.turn();
         let mut tx = Tx::default();
-        let reply = self.broker.apply(&mut tx, turn, command);
+        let mut twin_tx = Tx::default();
+        let reply = self.broker.apply(&mut tx, turn, command.clone());
+        let twin_reply = self.twin.apply(&mut twin_tx, turn, command);
+        assert_eq!(
+            reply, twin_reply,
+            "adopting changes no reply, seed {}",
+            self.seed
+        );
+        assert_eq!(tx.facts, twin_tx.facts, "nor a fact, seed {}", self.seed);
+        assert_eq!(
+            tx.effects, twin_tx.effects,
+            "nor an effect, seed {}",
+            self.seed
+        );
         for fact in &tx.facts {
             let (run, event, n) = match fact {
                 Fact::Nodes {
@@ -214,6 +225,21 @@ impl Play {
         }
         self.broker.check_invariants();
         reply
+    }
+
+    /// What the store would load of a run; nothing of a deleted one.
+    fn facts_of(&self, seq: RunSeq) -> Vec<Fact> {
+        let facts: Vec<Fact> = self
+            .facts
+            .iter()
+            .filter(|fact| run_of(fact) == Some(seq))
+            .cloned()
+            .collect();
+        let deleted = |fact: &Fact| matches!(fact, Fact::RunDeleted { .. });
+        if facts.iter().any(deleted) {
+            return Vec::new();
+        }
+        facts
     }
 
     fn rebuilt(&self) -> Broker {
@@ -635,6 +661,7 @@ impl Play {
             }
             35 => {
                 self.broker = self.rebuilt();
+                self.twin = self.rebuilt();
             }
             _ => {
                 self.now += self.chance.below(120);

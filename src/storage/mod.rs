@@ -2,7 +2,8 @@
 //!
 //! Only this module knows sled and bincode. Callers see facts going in, and facts, records and payloads coming out.
 
-pub mod conformance;
+#[cfg(test)]
+pub(crate) mod conformance;
 mod digest;
 pub mod disk;
 pub mod durable;

@@ -282,16 +282,15 @@ pub(super) fn read_node(
         2 => BodyEnd::Tail(NodeIndex(reader.varint32()?)),
         _ => return Err(reader.error("an unknown body")),
     };
-    let note = note_of((flags >> flag::NOTE & 15) as u8)
-        .ok_or_else(|| reader.error("an unknown note"))?;
+    let note =
+        note_of((flags >> flag::NOTE & 15) as u8).ok_or_else(|| reader.error("an unknown note"))?;
     let attempt = match flags >> flag::ATTEMPT & 3 {
         2 => reader.varint32()?,
         3 => return Err(reader.error("an unknown attempt")),
         small => small,
     };
-    let mut optional = |bit: u32| -> Result<u64, DecodeError> {
-        if has(bit) { reader.varint() } else { Ok(0) }
-    };
+    let mut optional =
+        |bit: u32| -> Result<u64, DecodeError> { if has(bit) { reader.varint() } else { Ok(0) } };
     let failures = optional(flag::FAILURES)?;
     let losses = optional(flag::LOSSES)?;
     let not_before = Timestamp(optional(flag::NOT_BEFORE)?);

@@ -228,7 +228,8 @@ impl Parts {
     /// Takes up the next part.
     pub fn next(mut self, value: &Bytes) -> Result<Self, DecodeError> {
         let mut reader = open(value)?;
-        self.bytes.extend_from_slice(reader.raw(reader.remaining())?);
+        self.bytes
+            .extend_from_slice(reader.raw(reader.remaining())?);
         self.checked(&reader)
     }
 
