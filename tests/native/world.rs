@@ -128,9 +128,7 @@ pub struct Raw {
 impl Raw {
     /// Connects without a word.
     pub async fn open(address: SocketAddr) -> Self {
-        let stream = soon(TcpStream::connect(address))
-            .await
-            .expect("it listens");
+        let stream = soon(TcpStream::connect(address)).await.expect("it listens");
         stream.set_nodelay(true).expect("a socket");
         Self {
             stream,
@@ -199,7 +197,12 @@ impl Raw {
     /// The code of the refusal that a request gets.
     pub async fn refused(&mut self, verb: Verb, body: &[u8]) -> String {
         let frame = self.ask(verb, body).await;
-        assert_eq!(frame.verb, Verb::Error, "{verb:?} was answered: {:?}", frame.body);
+        assert_eq!(
+            frame.verb,
+            Verb::Error,
+            "{verb:?} was answered: {:?}",
+            frame.body
+        );
         code(&frame.body)
     }
 
