@@ -19,7 +19,10 @@ async fn world() -> World {
 async fn is_unauthenticated(world: &World, what: &str, verb: Verb, body: &[u8]) {
     let mut raw = Raw::open(world.socket()).await;
     raw.send(verb, 7, body).await;
-    let frame = raw.receive().await.unwrap_or_else(|| panic!("{what}: no answer"));
+    let frame = raw
+        .receive()
+        .await
+        .unwrap_or_else(|| panic!("{what}: no answer"));
     assert_eq!((frame.verb, frame.request), (Verb::Error, 0), "{what}");
     assert_eq!(code(&frame.body), "UNAUTHENTICATED", "{what}");
     let expected = br#"{"code":"UNAUTHENTICATED","message":"unauthenticated","retryable":false}"#;
@@ -81,10 +84,29 @@ async fn tokens_that_are_not_the_token() {
         ("a number", hello("1")),
         ("a list", hello(&format!("[\"{TOKEN}\"]"))),
         ("not JSON", "\u{0}".to_owned()),
-        ("a wrong version without a token", r#"{"version": 2, "kind": "client"}"#.to_owned()),
-        ("a wrong kind without a token", r#"{"version": 1, "kind": "boss"}"#.to_owned()),
+        (
+            "a wrong version without a token",
+            r#"{"version": 2, "kind": "client"}"#.to_owned(),
+        ),
+        (
+            "a wrong kind without a token",
+            r#"{"version": 1, "kind": "boss"}"#.to_owned(),
+        ),
     ] {
         is_unauthenticated(&world, what, Verb::Hello, document.as_bytes()).await;
+    }
+    // Nor does garbage before the token learn more.
+    for (what, bytes) in [
+        ("a length over the limit", [0xff; 12]),
+        ("an unknown verb", [0, 0, 0, 0, 99, 0, 0, 0, 1, 0, 0, 0]),
+        ("flags", [0, 0, 0, 0, 1, 9, 0, 0, 1, 0, 0, 0]),
+    ] {
+        let mut raw = Raw::open(world.socket()).await;
+        tokio::io::AsyncWriteExt::write_all(&mut raw.stream, &bytes)
+            .await
+            .expect("writable");
+        let frame = raw.receive().await.expect("an answer");
+        assert_eq!(code(&frame.body), "UNAUTHENTICATED", "{what}");
     }
     // The right one opens the door, and only then is anything else told.
     let mut raw = Raw::open(world.socket()).await;
@@ -94,11 +116,18 @@ async fn tokens_that_are_not_the_token() {
         format!(r#"{{"version": 1, "kind": "worker", "token": "{TOKEN}", "session": "xyz"}}"#),
     ] {
         let mut raw = Raw::open(world.socket()).await;
-        assert_eq!(raw.refused(Verb::Hello, document.as_bytes()).await, "INVALID_REQUEST");
+        assert_eq!(
+            raw.refused(Verb::Hello, document.as_bytes()).await,
+            "INVALID_REQUEST"
+        );
         assert_eq!(raw.receive().await, None);
     }
     let mut client = Raw::open(world.socket()).await;
-    client.hello(&format!(r#"{{"version": 1, "kind": "client", "token": "{TOKEN}"}}"#)).await;
+    client
+        .hello(&format!(
+            r#"{{"version": 1, "kind": "client", "token": "{TOKEN}"}}"#
+        ))
+        .await;
     let status = client.ask(Verb::Status, b"{}").await;
     let status: serde_json::Value = serde_json::from_slice(&status.body).expect("JSON");
     assert_eq!(status["open_runs"], 0, "nothing was started meanwhile");

@@ -111,7 +111,13 @@ fn bad(dice: &mut Dice, kind: usize) -> (bool, Vec<u8>) {
                 b"\"\"",
                 b"[{\"id\": 1e3, \"action\": null}]",
             ];
-            frame::put(&mut out, verb, false, 5, documents[dice.below(documents.len())]);
+            frame::put(
+                &mut out,
+                verb,
+                false,
+                5,
+                documents[dice.below(documents.len())],
+            );
         }
         // Very deep JSON.
         11 => {
@@ -211,9 +217,13 @@ async fn five_thousand_bad_connections_while_others_work() {
         let _ = raw.stream.write_all(&bytes).await;
         let _ = raw.stream.shutdown().await;
         let mut rest = Vec::new();
-        let reading = tokio::time::timeout(Duration::from_secs(5), raw.stream.read_to_end(&mut rest));
+        let reading =
+            tokio::time::timeout(Duration::from_secs(5), raw.stream.read_to_end(&mut rest));
         let ended = reading.await;
-        assert!(ended.is_ok(), "round {round} (seed {SEED:#x}): the connection hangs");
+        assert!(
+            ended.is_ok(),
+            "round {round} (seed {SEED:#x}): the connection hangs"
+        );
         raw.buffer.extend_from_slice(&rest);
         let mut n = 0;
         while let Ok(Some(frame)) = frame::take(&mut raw.buffer) {
@@ -239,11 +249,27 @@ async fn five_thousand_bad_connections_while_others_work() {
         slowest.as_millis(),
         most - before
     );
-    assert!(errors as usize > ROUNDS / 2, "most are told what is wrong: {errors}");
-    assert!(silent as usize > ROUNDS / 100, "some were cut in the middle: {silent}");
-    assert!(runs > 100 && report.calls >= runs, "others were served: {runs} runs");
-    assert!(slowest < Duration::from_secs(2), "the slowest took {slowest:?}");
-    assert!(most - before < 128 * 1024, "memory grew by {} KiB", most - before);
+    assert!(
+        errors as usize > ROUNDS / 2,
+        "most are told what is wrong: {errors}"
+    );
+    assert!(
+        silent as usize > ROUNDS / 100,
+        "some were cut in the middle: {silent}"
+    );
+    assert!(
+        runs > 100 && report.calls >= runs,
+        "others were served: {runs} runs"
+    );
+    assert!(
+        slowest < Duration::from_secs(2),
+        "the slowest took {slowest:?}"
+    );
+    assert!(
+        most - before < 128 * 1024,
+        "memory grew by {} KiB",
+        most - before
+    );
     world.stop().await;
 }
 
@@ -263,7 +289,10 @@ async fn many_half_frames_at_once_take_no_memory() {
     }
     tokio::time::sleep(Duration::from_millis(200)).await;
     let grown = resident_kib().saturating_sub(before);
-    assert!(grown < 64 * 1024, "200 MiB were announced, {grown} KiB were taken");
+    assert!(
+        grown < 64 * 1024,
+        "200 MiB were announced, {grown} KiB were taken"
+    );
     // The announced bytes are over the budget, so new requests wait: but not those that others have begun before, and none for ever.
     drop(open);
     let mut raw = Raw::client(world.socket()).await;

@@ -9,7 +9,7 @@ use crate::world::{Raw, World};
 const RUN: &str = "1-0123456789abcdef";
 
 /// A body for each verb that its decoder takes.
-pub const GOOD_BODIES: &[(Verb, &[u8])] = &[
+pub(crate) const GOOD_BODIES: &[(Verb, &[u8])] = &[
     (Verb::Hello, br#"{"version": 1, "kind": "client"}"#),
     (Verb::Define, br#"[{"id": 1, "action": "a"}]"#),
     (
@@ -57,13 +57,24 @@ fn cases() -> Vec<Case> {
     let mut add = |verb, then, code, list: &[(&'static str, &[u8])]| {
         for (what, body) in list {
             let body = body.to_vec();
-            cases.push(Case { verb, what, body, code, then });
+            cases.push(Case {
+                verb,
+                what,
+                body,
+                code,
+                then,
+            });
         }
     };
     let invalid = "INVALID_REQUEST";
     let huge = [&[0xff; 4][..], &[0; 64]].concat();
     let none = b"{\"run\": \"1-0123456789abcdef\"}";
-    add(Verb::Hello, Closed, invalid, &[("a second one", GOOD_BODIES[0].1)]);
+    add(
+        Verb::Hello,
+        Closed,
+        invalid,
+        &[("a second one", GOOD_BODIES[0].1)],
+    );
     add(
         Verb::Define,
         Closed,
@@ -77,7 +88,10 @@ fn cases() -> Vec<Case> {
             ("a negative id", b"[{\"id\": -1, \"action\": \"a\"}]"),
             ("an empty action", b"[{\"id\": 1, \"action\": \"\"}]"),
             ("no UTF-8", b"[{\"id\": 1, \"action\": \"\xff\"}]"),
-            ("a retry that is text", b"[{\"id\": 1, \"action\": \"a\", \"retry\": \"x\"}]"),
+            (
+                "a retry that is text",
+                b"[{\"id\": 1, \"action\": \"a\", \"retry\": \"x\"}]",
+            ),
         ],
     );
     add(
@@ -96,9 +110,18 @@ fn cases() -> Vec<Case> {
         Verb::Credit,
         Closed,
         invalid,
-        &[("empty", b""), ("short", b"\x01\0\0"), ("long", b"\x01\0\0\0\0")],
+        &[
+            ("empty", b""),
+            ("short", b"\x01\0\0"),
+            ("long", b"\x01\0\0\0\0"),
+        ],
     );
-    add(Verb::Credit, Closed, "UNKNOWN_SESSION", &[("without a session", &[1, 0, 0, 0])]);
+    add(
+        Verb::Credit,
+        Closed,
+        "UNKNOWN_SESSION",
+        &[("without a session", &[1, 0, 0, 0])],
+    );
     add(
         Verb::Finish,
         Open,
@@ -107,14 +130,21 @@ fn cases() -> Vec<Case> {
             ("empty", b""),
             ("a huge count", &huge),
             ("a cut item", &[&[1, 0, 0, 0][..], &[0; 47]].concat()),
-            ("an unknown end", &[&[1, 0, 0, 0][..], &[0; 32], &[9], &[0; 15]].concat()),
+            (
+                "an unknown end",
+                &[&[1, 0, 0, 0][..], &[0; 32], &[9], &[0; 15]].concat(),
+            ),
         ],
     );
     add(
         Verb::Heartbeat,
         Closed,
         invalid,
-        &[("empty", b""), ("a huge count", &huge), ("short", b"\x01\0\0\0\0")],
+        &[
+            ("empty", b""),
+            ("a huge count", &huge),
+            ("short", b"\x01\0\0\0\0"),
+        ],
     );
     add(
         Verb::Fetch,
@@ -123,7 +153,10 @@ fn cases() -> Vec<Case> {
         &[
             ("empty", b""),
             ("a huge count", &[0xff; 12]),
-            ("an empty range", &[&[0; 8][..], &[1, 0, 0, 0], &[0; 12]].concat()),
+            (
+                "an empty range",
+                &[&[0; 8][..], &[1, 0, 0, 0], &[0; 12]].concat(),
+            ),
             (
                 "a range past the end",
                 &[&[0; 8][..], &[1, 0, 0, 0], &[0xff; 8], &[0; 4]].concat(),
@@ -145,12 +178,21 @@ fn cases() -> Vec<Case> {
         invalid,
         &[("empty", b""), ("short", &[0; 19]), ("long", &[0; 21])],
     );
-    add(Verb::Wait, Open, "UNKNOWN_RUN", &[("no such run", &[7; 20])]);
+    add(
+        Verb::Wait,
+        Open,
+        "UNKNOWN_RUN",
+        &[("no such run", &[7; 20])],
+    );
     add(
         Verb::Create,
         Open,
         invalid,
-        &[("empty", b""), ("a huge count", &[0xff; 40]), ("long", &[0; 41])],
+        &[
+            ("empty", b""),
+            ("a huge count", &[0xff; 40]),
+            ("long", &[0; 41]),
+        ],
     );
     add(
         Verb::Create,
@@ -161,7 +203,13 @@ fn cases() -> Vec<Case> {
             &[&[0; 36][..], &[1, 0, 0, 0], &[5], &[0; 23]].concat(),
         )],
     );
-    for verb in [Verb::Cancel, Verb::Resume, Verb::Events, Verb::Explain, Verb::Show] {
+    for verb in [
+        Verb::Cancel,
+        Verb::Resume,
+        Verb::Events,
+        Verb::Explain,
+        Verb::Show,
+    ] {
         add(
             verb,
             Open,
@@ -183,28 +231,43 @@ fn cases() -> Vec<Case> {
         Verb::Cancel,
         Open,
         invalid,
-        &[("a reason that is a list", br#"{"run": "1-0123456789abcdef", "reason": []}"#)],
+        &[(
+            "a reason that is a list",
+            br#"{"run": "1-0123456789abcdef", "reason": []}"#,
+        )],
     );
     add(
         Verb::Events,
         Open,
         invalid,
         &[
-            ("a negative number", br#"{"run": "1-0123456789abcdef", "after": -1}"#),
-            ("a huge limit", br#"{"run": "1-0123456789abcdef", "limit": 1e99}"#),
+            (
+                "a negative number",
+                br#"{"run": "1-0123456789abcdef", "after": -1}"#,
+            ),
+            (
+                "a huge limit",
+                br#"{"run": "1-0123456789abcdef", "limit": 1e99}"#,
+            ),
         ],
     );
     add(
         Verb::Explain,
         Open,
         invalid,
-        &[("a node beyond all", br#"{"run": "1-0123456789abcdef", "node": 4294967296}"#)],
+        &[(
+            "a node beyond all",
+            br#"{"run": "1-0123456789abcdef", "node": 4294967296}"#,
+        )],
     );
     add(
         Verb::Show,
         Open,
         invalid,
-        &[("nodes that is text", br#"{"run": "1-0123456789abcdef", "nodes": "yes"}"#)],
+        &[(
+            "nodes that is text",
+            br#"{"run": "1-0123456789abcdef", "nodes": "yes"}"#,
+        )],
     );
     add(
         Verb::Runs,
@@ -225,7 +288,12 @@ fn cases() -> Vec<Case> {
         &[("empty", b""), ("text", b"\"status\""), ("cut", b"{")],
     );
     add(Verb::Goodbye, Open, invalid, &[("with a body", b"{}")]);
-    add(Verb::Goodbye, Open, "UNKNOWN_SESSION", &[("without a session", b"")]);
+    add(
+        Verb::Goodbye,
+        Open,
+        "UNKNOWN_SESSION",
+        &[("without a session", b"")],
+    );
     for verb in [Verb::Dlq, Verb::Bridges] {
         add(
             verb,
@@ -246,10 +314,18 @@ fn cases() -> Vec<Case> {
 #[tokio::test]
 async fn wrong_input_gets_its_code_and_harms_nothing() {
     let world = World::start().await;
-    for Case { verb, what, body, code, then } in cases() {
+    for Case {
+        verb,
+        what,
+        body,
+        code,
+        then,
+    } in cases()
+    {
         let mut raw = Raw::client(world.socket()).await;
         // For the node of a good SUBMIT, so that only what the line says is wrong.
-        raw.send(Verb::Define, 0, br#"[{"id": 1, "action": "a"}]"#).await;
+        raw.send(Verb::Define, 0, br#"[{"id": 1, "action": "a"}]"#)
+            .await;
         assert_eq!(raw.refused(verb, &body).await, code, "{verb:?} {what}");
         match then {
             Then::Closed => assert_eq!(raw.receive().await, None, "{verb:?} {what}: stays open"),
@@ -262,7 +338,10 @@ async fn wrong_input_gets_its_code_and_harms_nothing() {
     let mut raw = Raw::client(world.socket()).await;
     let status = raw.ask(Verb::Status, b"{}").await;
     let status: serde_json::Value = serde_json::from_slice(&status.body).expect("JSON");
-    assert_eq!(status["open_runs"], 0, "nothing was started by what was refused");
+    assert_eq!(
+        status["open_runs"], 0,
+        "nothing was started by what was refused"
+    );
     world.stop().await;
 }
 
@@ -271,7 +350,11 @@ async fn verbs_of_the_broker_are_not_for_clients() {
     let world = World::start().await;
     for verb in Verb::ALL.iter().filter(|verb| !verb.is_request()) {
         let mut raw = Raw::client(world.socket()).await;
-        assert_eq!(raw.refused(*verb, b"{}").await, "INVALID_REQUEST", "{verb:?}");
+        assert_eq!(
+            raw.refused(*verb, b"{}").await,
+            "INVALID_REQUEST",
+            "{verb:?}"
+        );
         assert_eq!(raw.receive().await, None, "{verb:?}");
     }
     world.stop().await;
@@ -282,14 +365,20 @@ async fn the_good_bodies_are_good() {
     let world = World::start().await;
     for (verb, body) in GOOD_BODIES {
         let mut raw = Raw::client(world.socket()).await;
-        raw.send(Verb::Define, 0, br#"[{"id": 1, "action": "a"}]"#).await;
+        raw.send(Verb::Define, 0, br#"[{"id": 1, "action": "a"}]"#)
+            .await;
         if !verb.has_reply() || *verb == Verb::Hello {
             continue;
         }
         let frame = raw.ask(*verb, body).await;
         if frame.verb == Verb::Error {
             let code = crate::world::code(&frame.body);
-            let known = ["UNKNOWN_RUN", "UNKNOWN_SESSION", "LEASE_UNKNOWN", "NOT_AVAILABLE"];
+            let known = [
+                "UNKNOWN_RUN",
+                "UNKNOWN_SESSION",
+                "LEASE_UNKNOWN",
+                "NOT_AVAILABLE",
+            ];
             assert!(known.contains(&code.as_str()), "{verb:?}: {code}");
         }
     }
@@ -301,7 +390,10 @@ fn no_verb_is_forgotten() {
     let tested: BTreeSet<Verb> = cases().iter().map(|case| case.verb).collect();
     let good: BTreeSet<Verb> = GOOD_BODIES.iter().map(|(verb, _)| *verb).collect();
     for verb in Verb::ALL.iter().filter(|verb| verb.is_request()) {
-        assert!(tested.contains(verb), "{verb:?} has no line with wrong input");
+        assert!(
+            tested.contains(verb),
+            "{verb:?} has no line with wrong input"
+        );
         assert!(good.contains(verb), "{verb:?} has no good body");
     }
     assert!(RUN.parse::<dagorama::broker::types::RunId>().is_ok());

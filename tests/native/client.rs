@@ -173,7 +173,9 @@ async fn failures_retries_and_panics() {
                     Err(Failure::fatal("never"))
                 }
             })
-            .action(&panics, |_| async { panic!("a panic that is expected here") })
+            .action(&panics, |_| async {
+                panic!("a panic that is expected here")
+            })
             .plain(&spec("after"), |_| Ok(Returned::json(&"ran"))),
     );
     let client = world.client().await;
@@ -182,17 +184,30 @@ async fn failures_retries_and_panics() {
         .await
         .expect("taken");
     let got = ended(&client, run).await;
-    assert_eq!(got.data.to_json::<String>().expect("text"), format!("{run}/0"));
+    assert_eq!(
+        got.data.to_json::<String>().expect("text"),
+        format!("{run}/0")
+    );
     assert_eq!(tried.load(Ordering::Relaxed), 3);
 
     let got = outcome(&client, Submit::call(&hopeless, Data::json(&()))).await;
     let error: serde_json::Value = got.data.to_json().expect("an error");
-    assert_eq!((got.state, &error["message"]), (NodeState::Failed, &"never".into()));
-    assert_eq!(n_tried.load(Ordering::Relaxed), 1, "the policy does not cover it");
+    assert_eq!(
+        (got.state, &error["message"]),
+        (NodeState::Failed, &"never".into())
+    );
+    assert_eq!(
+        n_tried.load(Ordering::Relaxed),
+        1,
+        "the policy does not cover it"
+    );
 
     let got = outcome(&client, Submit::call(&panics, Data::json(&()))).await;
     let error: serde_json::Value = got.data.to_json().expect("an error");
-    assert_eq!((got.state, &error["type"]), (NodeState::Failed, &"panic".into()));
+    assert_eq!(
+        (got.state, &error["type"]),
+        (NodeState::Failed, &"panic".into())
+    );
 
     // A node behind a failed one is skipped, and has the error of the one to blame.
     let first = NewNode::new(&hopeless, Data::json(&()), []);
@@ -208,10 +223,16 @@ async fn failures_retries_and_panics() {
     for root in [1, 2] {
         let got = outcome(&client, submit(root)).await;
         let error: serde_json::Value = got.data.to_json().expect("an error");
-        assert_eq!((got.state, &error["message"]), (NodeState::Skipped, &"never".into()));
+        assert_eq!(
+            (got.state, &error["message"]),
+            (NodeState::Skipped, &"never".into())
+        );
     }
     let got = outcome(&client, submit(3)).await;
-    assert!(got.is_success(), "an outcome is delivered also when it is an error: {got:?}");
+    assert!(
+        got.is_success(),
+        "an outcome is delivered also when it is an error: {got:?}"
+    );
     worker.stop().await;
     world.stop().await;
 }
@@ -240,7 +261,11 @@ async fn large_arguments_values_and_structures() {
     let client = world.client().await;
     for size in [0, 1, 3_072, 3_073, 100_000, 5_000_000] {
         let body: Vec<u8> = (0..size).map(|at| (at % 251) as u8).collect();
-        let got = outcome(&client, Submit::call(&spec("echo"), Data::raw(body.clone()))).await;
+        let got = outcome(
+            &client,
+            Submit::call(&spec("echo"), Data::raw(body.clone())),
+        )
+        .await;
         assert!(got.is_success() && got.data.bytes == body, "{size} bytes");
     }
     let sizes = [10_usize, 2_000_000, 3_000, 2_000_000];
@@ -327,7 +352,10 @@ async fn children_created_early_are_the_same_in_the_next_attempt() {
         .await
         .expect("taken");
     let got = ended(&client, run).await;
-    assert_eq!((got.is_success(), &got.references[..]), (true, &[1, 2, 3][..]));
+    assert_eq!(
+        (got.is_success(), &got.references[..]),
+        (true, &[1, 2, 3][..])
+    );
     assert_eq!(ran.load(Ordering::Relaxed), 3, "each child ran once");
     worker.stop().await;
     world.stop().await;
@@ -381,8 +409,17 @@ async fn a_cancelled_call_is_aborted_and_a_resumed_run_goes_on() {
     let got = ended(&client, run).await;
     assert_eq!(got.data.to_json::<String>().expect("text"), "done");
     let shown = client.show(run, true).await.expect("shown");
-    assert_eq!((&shown["round"], &shown["state"]), (&2.into(), &"succeeded".into()));
-    assert_eq!(client.resume(run).await.map_err(|e| e.code().map(str::to_owned)), Ok(()));
+    assert_eq!(
+        (&shown["round"], &shown["state"]),
+        (&2.into(), &"succeeded".into())
+    );
+    assert_eq!(
+        client
+            .resume(run)
+            .await
+            .map_err(|e| e.code().map(str::to_owned)),
+        Ok(())
+    );
     worker.stop().await;
     world.stop().await;
 }
@@ -395,7 +432,10 @@ async fn a_key_gives_the_same_run() {
     let submit = |n: u32| Submit::call(&leaf, Data::json(&n)).with_key("one");
     let first = client.submit(submit(1)).await.expect("taken");
     let other = world.client().await;
-    other.submit(Submit::call(&spec("other"), Data::json(&1))).await.expect("taken");
+    other
+        .submit(Submit::call(&spec("other"), Data::json(&1)))
+        .await
+        .expect("taken");
     assert_eq!(other.submit(submit(1)).await.expect("the same"), first);
     let error = other.submit(submit(2)).await.expect_err("other content");
     assert_eq!(error.code(), Some("SUBMISSION_CONFLICT"), "{error}");
@@ -425,7 +465,10 @@ async fn everything_people_ask() {
         Worker::builder(&world.url(), None).plain(&leaf, |_| Ok(Returned::json(&"ok"))),
     );
     ended(&client, open).await;
-    let second = client.submit(Submit::call(&leaf, Data::json(&2))).await.expect("taken");
+    let second = client
+        .submit(Submit::call(&leaf, Data::json(&2)))
+        .await
+        .expect("taken");
     ended(&client, second).await;
     for (state, tag, expected) in [
         (None, None, vec![second, open]),
@@ -462,7 +505,10 @@ async fn everything_people_ask() {
     assert_eq!(events["ended"], true);
     let later = client.events(open, 2, 100).await.expect("events");
     assert_eq!(later["events"].as_array().map(Vec::len), Some(1));
-    assert_eq!(client.bridges().await.expect("none")["routes"], serde_json::json!([]));
+    assert_eq!(
+        client.bridges().await.expect("none")["routes"],
+        serde_json::json!([])
+    );
     let dlq = client.dlq(&serde_json::json!({"do": "list"})).await;
     assert_eq!(dlq.expect_err("no bridges").code(), Some("NOT_AVAILABLE"));
     worker.stop().await;
@@ -491,9 +537,17 @@ async fn client_and_worker_survive_restarts_of_the_broker() {
             let leaf = spec("leaf");
             for n in 0..400_u32 {
                 let submit = Submit::call(&leaf, Data::json(&n)).with_key(format!("{n}"));
-                let run = client.submit(submit).await.expect("repeated until it is taken");
-                let outcome = client.wait(run, None).await.expect("repeated until it is known");
-                let Waited::Ended(outcome) = outcome else { panic!("no timeout was given") };
+                let run = client
+                    .submit(submit)
+                    .await
+                    .expect("repeated until it is taken");
+                let outcome = client
+                    .wait(run, None)
+                    .await
+                    .expect("repeated until it is known");
+                let Waited::Ended(outcome) = outcome else {
+                    panic!("no timeout was given")
+                };
                 assert_eq!(outcome.data.to_json::<u32>().expect("a number"), n);
             }
         }
@@ -515,7 +569,42 @@ async fn client_and_worker_survive_restarts_of_the_broker() {
     let report = worker.stop().await;
     assert!(report.calls >= 400 && calls.load(Ordering::Relaxed) >= 400);
     let status = client.status().await.expect("a status");
-    assert_eq!((&status["open_runs"], &status["leases"]), (&0.into(), &0.into()));
+    assert_eq!(
+        (&status["open_runs"], &status["leases"]),
+        (&0.into(), &0.into())
+    );
+    world.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_call_keeps_its_short_lease() {
+    let settings = dagorama::broker::Settings {
+        lease_ms: 300,
+        ..Default::default()
+    };
+    let world = World::with(Setup {
+        settings,
+        ..Setup::default()
+    })
+    .await;
+    let slow = spec("slow");
+    let worker = Running::start(
+        Worker::builder(&world.url(), None)
+            .action(&slow, |call| async move {
+                tokio::time::sleep(Duration::from_millis(1_000)).await;
+                Ok(Returned::json(&call.attempt()))
+            })
+            .plain(&spec("blocks"), |call| {
+                std::thread::sleep(Duration::from_millis(1_000));
+                Ok(Returned::json(&call.attempt()))
+            }),
+    );
+    let client = world.client().await;
+    for action in ["slow", "blocks"] {
+        let got = outcome(&client, Submit::call(&spec(action), Data::json(&()))).await;
+        assert_eq!(got.data.to_json::<u32>().expect("a number"), 1, "{action}");
+    }
+    worker.stop().await;
     world.stop().await;
 }
 
@@ -528,10 +617,14 @@ async fn a_unix_socket_and_a_token() {
         ..Setup::default()
     })
     .await;
-    let client = Client::connect(&world.url(), Some("secret")).await.expect("let in");
+    let client = Client::connect(&world.url(), Some("secret"))
+        .await
+        .expect("let in");
     client.status().await.expect("answered");
     for token in [None, Some("wrong"), Some("")] {
-        let error = Client::connect(&world.url(), token).await.expect_err("not let in");
+        let error = Client::connect(&world.url(), token)
+            .await
+            .expect_err("not let in");
         assert_eq!(error.code(), Some("UNAUTHENTICATED"), "{token:?}");
     }
     let error = Worker::builder(&world.url(), None)
@@ -540,6 +633,8 @@ async fn a_unix_socket_and_a_token() {
         .expect_err("not let in");
     assert_eq!(error.code(), Some("UNAUTHENTICATED"));
     world.stop().await;
-    let error = Client::connect("dagorama://127.0.0.1:1", None).await.expect_err("nobody");
+    let error = Client::connect("dagorama://127.0.0.1:1", None)
+        .await
+        .expect_err("nobody");
     assert!(matches!(error, ClientError::Unreachable { .. }), "{error}");
 }

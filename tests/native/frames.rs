@@ -38,10 +38,15 @@ async fn submit_lease_finish_wait() {
     let other = value(lease, b"other");
     let mut forged = value(lease, b"result");
     forged.token[0] ^= 1;
-    let refused = worker.finish(&[value(lease, b"result"), other, forged]).await;
+    let refused = worker
+        .finish(&[value(lease, b"result"), other, forged])
+        .await;
     let expected = [(1, "COMPLETION_CONFLICT"), (2, "LEASE_UNKNOWN")];
     assert_eq!(refused, expected.map(|(at, code)| (at, code.to_owned())));
-    assert_eq!(&client.wait(run, 0).await.item.expect("ended").body[..], b"result");
+    assert_eq!(
+        &client.wait(run, 0).await.item.expect("ended").body[..],
+        b"result"
+    );
     world.stop().await;
 }
 
@@ -88,7 +93,9 @@ async fn a_session_that_comes_back_keeps_its_leases() {
     released.token = [0; 16];
     let mut wrong = released.clone();
     wrong.attempt = 2;
-    let refused = worker.finish(&[value(&leases[0], b"done"), released, wrong]).await;
+    let refused = worker
+        .finish(&[value(&leases[0], b"done"), released, wrong])
+        .await;
     assert_eq!(refused, [(2, "LEASE_UNKNOWN".to_owned())]);
     worker.credit(1).await;
     let again = worker.leases().await;
@@ -185,7 +192,9 @@ async fn few_small_inputs_travel_with_the_lease() {
     let mut client = Raw::client(world.socket()).await;
     let run = client.submit(b"root").await;
     let (mut worker, _) = Raw::worker(world.socket(), None).await;
-    worker.send(Verb::Define, 0, br#"[{"id": 1, "action": "leaf"}]"#).await;
+    worker
+        .send(Verb::Define, 0, br#"[{"id": 1, "action": "leaf"}]"#)
+        .await;
     worker.credit(10).await;
     let root = worker.leases().await.remove(0);
     let range = |first, count, new| codec::Range {
@@ -205,25 +214,44 @@ async fn few_small_inputs_travel_with_the_lease() {
     while leases.len() < 3 {
         leases.extend(worker.leases().await);
     }
-    let done: Vec<_> = leases.iter().map(|lease| value(lease, &lease.arguments)).collect();
+    let done: Vec<_> = leases
+        .iter()
+        .map(|lease| value(lease, &lease.arguments))
+        .collect();
     assert_eq!(worker.finish(&done).await, []);
     let join = worker.leases().await.remove(0);
     let inline: Vec<&[u8]> = join.inline.iter().map(|item| &item.body[..]).collect();
     assert_eq!(inline, [b"0", b"1", b"2"]);
     assert_eq!(worker.finish(&[value(&join, b"sum")]).await, []);
     let waited = client.wait(run, 0).await;
-    assert_eq!(&waited.item.expect("ended").body[..], b"sum", "a tail call is followed");
+    assert_eq!(
+        &waited.item.expect("ended").body[..],
+        b"sum",
+        "a tail call is followed"
+    );
 
     // FETCH follows it too, says what has no value, and names a node that is not there.
     let mut body = Vec::new();
     let ranges = vec![range(0, 5, false)];
-    codec::put_fetch(&mut body, &codec::Fetch { run: run.seq.0, ranges });
+    codec::put_fetch(
+        &mut body,
+        &codec::Fetch {
+            run: run.seq.0,
+            ranges,
+        },
+    );
     let items = codec::decode_items(client.ask(Verb::Fetch, &body).await.body).expect("items");
     let bodies: Vec<&[u8]> = items.iter().map(|item| &item.body[..]).collect();
     assert_eq!(bodies, [&b"sum"[..], b"0", b"1", b"2", b"sum"]);
     body.clear();
     let ranges = vec![range(4, 2, false)];
-    codec::put_fetch(&mut body, &codec::Fetch { run: run.seq.0, ranges });
+    codec::put_fetch(
+        &mut body,
+        &codec::Fetch {
+            run: run.seq.0,
+            ranges,
+        },
+    );
     assert_eq!(client.refused(Verb::Fetch, &body).await, "UNKNOWN_NODE");
     world.stop().await;
 }
@@ -232,14 +260,21 @@ async fn few_small_inputs_travel_with_the_lease() {
 async fn one_bad_item_does_not_harm_its_neighbours() {
     let world = World::start().await;
     let mut client = Raw::client(world.socket()).await;
-    client.send(Verb::Define, 0, br#"[{"id": 1, "action": "leaf"}]"#).await;
+    client
+        .send(Verb::Define, 0, br#"[{"id": 1, "action": "leaf"}]"#)
+        .await;
     let submit = |tags: &'static [u8], spec| codec::Submit {
         key: Bytes::new(),
         tags: Bytes::from_static(tags),
         root: 0,
         nodes: vec![codec::Node { spec, ..node(b"") }],
     };
-    let list = [submit(b"", 1), submit(b"", 9), submit(b"[]", 1), submit(b"{}", 1)];
+    let list = [
+        submit(b"", 1),
+        submit(b"", 9),
+        submit(b"[]", 1),
+        submit(b"{}", 1),
+    ];
     let mut body = Vec::new();
     codec::put_list(&mut body, &list, codec::put_submit);
     let answer = client.ask(Verb::Submit, &body).await.body;
@@ -260,8 +295,16 @@ async fn one_bad_item_does_not_harm_its_neighbours() {
         leases.extend(worker.leases().await);
     }
     let mut bad = value(&leases[0], b"");
-    bad.children = vec![codec::Node { spec: 77, ..node(b"") }];
-    let items = [bad.clone(), value(&leases[0], b""), bad, value(&leases[1], b"")];
+    bad.children = vec![codec::Node {
+        spec: 77,
+        ..node(b"")
+    }];
+    let items = [
+        bad.clone(),
+        value(&leases[0], b""),
+        bad,
+        value(&leases[1], b""),
+    ];
     let refused = worker.finish(&items).await;
     let expected = [0, 2].map(|at| (at, "INVALID_REQUEST".to_owned()));
     assert_eq!(refused, expected);
@@ -274,7 +317,11 @@ async fn a_stopping_broker_answers_what_it_has_taken_and_closes() {
     let mut client = Raw::client(world.socket()).await;
     let run = client.submit(b"a").await;
     let mut body = Vec::new();
-    let wait = codec::Wait { seq: run.seq.0, salt: run.salt, timeout_ms: 0 };
+    let wait = codec::Wait {
+        seq: run.seq.0,
+        salt: run.salt,
+        timeout_ms: 0,
+    };
     codec::put_wait(&mut body, &wait);
     client.send(Verb::Wait, 50, &body).await;
     client.send(Verb::Status, 51, b"{}").await;

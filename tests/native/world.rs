@@ -1,6 +1,10 @@
 //! A broker on a store in memory, served on a port of its own, and a connection that speaks in raw frames.
 
-#![allow(dead_code, reason = "each test program uses its part of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "each test program uses its part of it"
+)]
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -124,9 +128,7 @@ pub struct Raw {
 impl Raw {
     /// Connects without a word.
     pub async fn open(address: SocketAddr) -> Self {
-        let stream = soon(TcpStream::connect(address))
-            .await
-            .expect("it listens");
+        let stream = soon(TcpStream::connect(address)).await.expect("it listens");
         stream.set_nodelay(true).expect("a socket");
         Self {
             stream,
@@ -195,7 +197,12 @@ impl Raw {
     /// The code of the refusal that a request gets.
     pub async fn refused(&mut self, verb: Verb, body: &[u8]) -> String {
         let frame = self.ask(verb, body).await;
-        assert_eq!(frame.verb, Verb::Error, "{verb:?} was answered: {:?}", frame.body);
+        assert_eq!(
+            frame.verb,
+            Verb::Error,
+            "{verb:?} was answered: {:?}",
+            frame.body
+        );
         code(&frame.body)
     }
 
