@@ -197,10 +197,10 @@ def test_the_site_program(real: Real, tmp_path: Path) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = {**os.environ, "PYTHONPATH": str(SRC), "DAGORAMA_URL": site.broker.url, "DAGORAMA_TOKEN": site.broker.token}
     examples = ROOT / "examples"
-    worker = subprocess.Popen([sys.executable, "-m", "dagorama", "worker", "site", "--tolerate", "gpu"], cwd=examples, env=env)
+    worker = subprocess.Popen([sys.executable, "-m", "dagorama", "worker", "pages", "--tolerate", "gpu"], cwd=examples, env=env)
     try:
         urls = [f"http://127.0.0.1:{server.server_address[1]}/{name}" for name in "abc"]
-        done = subprocess.run([sys.executable, "site.py", *urls], cwd=examples, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "pages.py", *urls], cwd=examples, env=env, capture_output=True, text=True, timeout=60)
     finally:
         worker.terminate()
         worker.wait(20)

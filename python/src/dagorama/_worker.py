@@ -392,7 +392,8 @@ def child_main() -> None:
         traceback.print_exc()
         os._exit(CANNOT_START)
     if len(REGISTRY) < 2:
-        warn(f"no action is defined in {', '.join(said['modules']) or 'no module'}: name the modules that have the actions")
+        where = ", ".join(f"{name} ({getattr(sys.modules.get(name), '__file__', None) or 'built in'})" for name in said["modules"])
+        warn(f"no action is defined in {where or 'no module'}: name the modules that have the actions")
     executor.append(Executor(Address(None), said["token"], said["queues"], said["tolerate"], slot))
     try:
         executor[0].run(parent)
