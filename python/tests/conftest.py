@@ -70,9 +70,9 @@ def flows(client: Client) -> Iterator[Any]:
 def binary() -> str:
     named = os.environ.get("DAGORAMA_BIN")
     places = [Path(named)] if named else [ROOT / "target" / profile / "dagorama" for profile in ("release", "debug")]
-    for place in places:
-        if place.exists():
-            return str(place)
+    found = [place for place in places if place.exists()]
+    if found:
+        return str(max(found, key=lambda place: place.stat().st_mtime))
     pytest.fail(f"the broker binary is missing: build it with `cargo build`, or set DAGORAMA_BIN (looked at {places})")
 
 

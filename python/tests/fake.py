@@ -68,7 +68,7 @@ class FakeBroker:
         self.log: list[tuple[str, Any]] = []
         self.token = token
         self.refuse: dict[str, Any] | None = None
-        self.page = 1000
+        self.page = 150
         self.sessions = itertools.count(1)
         self.frames: list[int] = []
         self.heartbeats: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import threading
 import time
@@ -334,7 +335,7 @@ class Scaler:
 def leaf(run: int, i: int, pause: float) -> int:
     """A leaf whose every execution is in the journal."""
     c = current()
-    journal("leaf", c.node_id, c.attempt, i)
+    journal("leaf", c.node_id, c.attempt, i, os.getpid())
     if pause:
         time.sleep(pause)
     return i
@@ -361,19 +362,23 @@ def big_between(n: int) -> int:
 
 
 @action
-def hold_gil(seconds: float) -> int:
-    """One C call that never lets another thread run."""
+def hold_gil(seconds: int) -> tuple[int, float]:
+    """One C call that lets no other thread run: the attempt, and the longest silence that another thread saw."""
     journal("hold", current().attempt)
-    until = time.monotonic() + seconds
-    n = 1 << 20_000
-    exponent = 3
-    while True:  # find an exponent whose pow() takes about that long, then call it once
-        began = time.monotonic()
-        pow(n, exponent)
-        spent = time.monotonic() - began
-        if spent > 0.2 or time.monotonic() > until:
-            break
-        exponent *= 2
-    while time.monotonic() < until:
-        pow(n, int(exponent * max(1.0, ((until - time.monotonic()) / max(spent, 1e-3)) ** 0.63)))
-    return current().attempt
+    gaps: list[float] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        last = time.monotonic()
+        while not done.wait(0.01):
+            gaps.append(time.monotonic() - last)
+            last = time.monotonic()
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    time.sleep(0.05)
+    ctypes.PyDLL(None).sleep(seconds)  # a PyDLL keeps the GIL
+    time.sleep(0.05)
+    done.set()
+    thread.join()
+    return current().attempt, max(gaps)

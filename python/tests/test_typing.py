@@ -14,7 +14,7 @@ import pytest
 TESTS = Path(__file__).parent
 PROJECT = TESTS.parent
 WRONG = TESTS / "typing" / "wrong.py"
-RIGHT = [PROJECT / "src" / "dagorama", PROJECT.parent / "examples" / "site.py", TESTS / "flows.py", TESTS / "typing" / "right.py"]
+RIGHT = [PROJECT / "src" / "dagorama", PROJECT.parent / "examples" / "pages.py", TESTS / "flows.py", TESTS / "typing" / "right.py"]
 Found = dict[int, set[str]]
 
 

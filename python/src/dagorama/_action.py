@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import inspect
 import json
+import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -35,6 +36,7 @@ REGISTRY: dict[str, Action[..., Any]] = {}
 SPECS: list[str] = []
 """Every spec that this process has recorded, as JSON; its number is its position, on every connection."""
 _spec_numbers: dict[str, int] = {}
+_spec_lock = threading.Lock()
 _ANY_NUMBER = 1 << 60
 _BY_NAME = "$retry"
 
@@ -70,11 +72,12 @@ class Settings:
 def spec_number(spec: Mapping[str, object]) -> int:
     """The number of a spec, the same on every connection of this process."""
     text = json.dumps(spec, sort_keys=True)
-    number = _spec_numbers.get(text)
-    if number is None:
-        number = _spec_numbers[text] = len(SPECS)
-        SPECS.append(json.dumps({"id": number, **spec}))
-    return number
+    with _spec_lock:
+        number = _spec_numbers.get(text)
+        if number is None:
+            number = _spec_numbers[text] = len(SPECS)
+            SPECS.append(json.dumps({"id": number, **spec}))
+        return number
 
 
 class Action(Generic[P, R_co]):
@@ -277,7 +280,7 @@ class Action(Generic[P, R_co]):
         if s.by_name:
             return {"action": self.name, "by_name": True}
         return {
-            "action": self.name, "queue": s.queue, "taint": s.taint, "priority": s.priority, "retry": s.retry.wire(),
+            "action": self.name, "queue": s.queue, "taint": s.taint, "priority": s.priority, "retry": s.retry._wire(),
             "timeout_ms": None if s.timeout is None else max(1, round(s.timeout * 1000)), "fingerprint": self._mark(),
             "pin_code": s.pin_code, "by_name": False,
             "batch": None if s.batch is None else {"max_size": s.batch[0], "max_wait_ms": round(s.batch[1] * 1000)},

@@ -145,7 +145,7 @@ class Channel:
         pending = _Pending(verb, frame(verb, body, number), self.timeout if patience is None else patience)
         with self._lock:
             if self._reading is None:
-                self._open()
+                self._open(self.timeout if self.connections else min(self.timeout, _FIRST_PATIENCE))
             self._pending[number] = pending
             if self._sock is not None:
                 self._send(self._sock, pending)
@@ -158,11 +158,11 @@ class Channel:
                 with contextlib.suppress(OSError):
                     self._sock.sendall(frame(verb, body))
 
-    def open(self) -> None:
+    def open(self, patience: float = _FIRST_PATIENCE) -> None:
         """Connect now, if not connected."""
         with self._lock:
             if self._reading is None:
-                self._open()
+                self._open(patience)
 
     def close(self) -> None:
         """Close; requests that are still open fail."""
@@ -198,14 +198,14 @@ class Channel:
                 self._send(sock, pending)
         return reader
 
-    def _open(self) -> None:
+    def _open(self, patience: float) -> None:
         began = time.monotonic()
         while True:
             try:
                 reader = self._greet()
                 break
             except (OSError, ConnectionLost) as error:
-                if time.monotonic() - began > min(self.timeout, _FIRST_PATIENCE):
+                if time.monotonic() - began > patience:
                     raise self.address.unavailable(error) from error
                 time.sleep(0.05)
         self._reading = threading.Thread(target=self._read, args=(reader,), name="dagorama-client", daemon=True)

@@ -132,7 +132,7 @@ RUNNING: ContextVar[Attempt | None] = ContextVar("dagorama_attempt", default=Non
 
 
 class Current:
-    """The node being executed."""
+    """The node being executed. ``deadline`` is in seconds since 1970, ``None`` without a timeout."""
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt

@@ -5,7 +5,8 @@ A small memory shared with the supervisor (`Slot`) says what is running, so that
 the process dies, give back everything but the culprit.
 
 Outcomes leave when there are 256, when nothing is left to run, before an action that was slow the last time, and by a helper
-thread when they are older than 20 ms. Credit is one call plus what 50 ms of observed run time are worth.
+thread when they are older than 20 ms. Credit is one call plus what 50 ms of observed run time are worth; when a call turns out
+to be slow while more was asked for, the session comes back anew (`_retreat`), which gives leases and credit to others.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ._payload import SCALAR_RESULTS, decode_arguments, encode_result, read_valu
 from ._promise import Outcome
 from ._retry import ONCE, Retry
 from ._wire import (
+    CHUNK,
     CREATE, CREATE_VERB, CREDIT, DEFINE, ERROR, FAILED, FAILED_RETRY, FETCH, FINISH, FINISH_VERB, GOODBYE, JSON, LEASE,
     LEASE_HEAD, LEASES, MODE_AFTER, MODE_OUTCOME, MORE, PICKLE, RANGE, RELEASED, REPLY, REVOKE, REVOKED, SUCCEEDED, U16,
     U32, Bytes, Item, Reader, fetch_body, frame, read_items, run_text,
@@ -139,6 +141,7 @@ class Executor:
         self._window = 1
         self._per_call = WORTH
         self._flushed = 0.0
+        self._began = 0.0  # when the present call did
         self._running: set[Key] = set()
         self._stopped: set[Key] = set()  # those of them that were revoked
         self._working = threading.Event()
@@ -150,7 +153,8 @@ class Executor:
         """Work until stopped. ``parent``: a pipe whose end means that the supervisor is gone."""
         self._parent = parent
         self._connect()
-        threading.Thread(target=self._push_out, name="dagorama-flush", daemon=True).start()
+        helper = threading.Thread(target=self._push_out, name="dagorama-flush", daemon=True)
+        helper.start()
         try:
             while not self._draining:
                 try:
@@ -163,7 +167,9 @@ class Executor:
                     self._connect()
             self._leave()
         finally:
+            self._draining = True
             self._working.set()
+            helper.join(2)
             if self._runner is not None:
                 self._runner.close()
             for sock in (self._sock, self._wake, self._waker):
@@ -180,8 +186,7 @@ class Executor:
         until = time.monotonic() + 5
         while time.monotonic() < until:
             try:
-                self._release(list(self._queue))
-                self._queue.clear()
+                self._release()
                 self._flush()
                 while self._unanswered and time.monotonic() < until:
                     self._receive(0.1)
@@ -190,7 +195,7 @@ class Executor:
             except ConnectionLost:
                 self._connect(until)
 
-    def _connect(self, until: float | None = None) -> None:
+    def _connect(self, until: float | None = None, once: bool = False) -> None:
         """Come back with the same session: keep the leases it still holds, release those nobody here knows, repeat outcomes."""
         pause = 0.02
         while True:
@@ -212,6 +217,8 @@ class Executor:
                     self._resume({(run, node, attempt) for run, node, attempt in greeting["leases"]})
                 return
             except (OSError, ConnectionLost) as error:
+                if once:
+                    raise ConnectionLost(str(error)) from error
                 if self._draining and (until is None or time.monotonic() > until):
                     raise self._address.unavailable(error) from error
                 time.sleep(pause)
@@ -231,37 +238,41 @@ class Executor:
             run, node, attempt, *_ = FINISH.unpack_from(item)
             known.add((run, node, attempt))
         if self._defined < len(SPECS):
-            self._define()
+            self._write(self._define())
         for request, items in repeated:
             self._send(FINISH_VERB, U32.pack(len(items)) + b"".join(items), request)
         unknown = [FINISH.pack(*key, bytes(16), RELEASED, JSON, 0, 0, 0, 0) for key in sorted(held - known)]
         for i in range(0, len(unknown), PER_FRAME):
-            self._finish(unknown[i : i + PER_FRAME])
-        self._grant()
+            self._write(self._finish(unknown[i : i + PER_FRAME]))
 
     # ---- sending ----
 
     def _send(self, verb: int, body: bytes, request: int = 0) -> None:
+        self._write(frame(verb, body, request))
+
+    def _write(self, data: bytes) -> None:
         sock = self._sock
         if sock is None:
             raise ConnectionLost
         try:
             with self._lock:
-                sock.sendall(frame(verb, body, request))
+                sock.sendall(data)
         except OSError as error:
             raise ConnectionLost(str(error)) from error
 
-    def _define(self) -> None:
+    def _define(self) -> bytes:
+        """The frame that defines the specs which this connection does not know yet."""
         texts = SPECS[self._defined :]
-        self._send(DEFINE, ("[" + ",".join(texts) + "]").encode())
         self._defined += len(texts)
+        return frame(DEFINE, ("[" + ",".join(texts) + "]").encode())
 
     def _flush(self, grant: bool = True) -> None:
-        """Send the outcomes that are ready, and credit for as many calls as the window allows."""
+        """Send the outcomes that are ready, and credit for as many calls as the window allows, in as few writes as possible."""
         items = self._items
         with self._flushing:
+            frames: list[bytes] = []
             if self._defined < len(SPECS):
-                self._define()
+                frames.append(self._define())
             while items:
                 batch: list[bytes] = []
                 size = 0
@@ -269,35 +280,56 @@ class Executor:
                     item = items.popleft()
                     batch.append(item)
                     size += len(item)
-                self._finish(batch)
+                frames.append(self._finish(batch))
+                if size > CHUNK:
+                    self._write(frames.pop() if len(frames) == 1 else b"".join(frames))
+                    frames.clear()
             self._flushed = time.perf_counter()
-            if grant:  # only the main loop knows how many are owed
-                self._grant()
+            want = self._credit() if grant else 0  # only the main loop knows how many are owed
+            if want:
+                self._owed += want
+                frames.append(frame(CREDIT, U32.pack(want)))
+            if frames:
+                self._write(b"".join(frames))
 
-    def _finish(self, items: list[bytes]) -> None:
+    def _finish(self, items: list[bytes]) -> bytes:
+        """The frame for these outcomes; they are repeated until it is answered."""
         request = next(self._request)
         self._unanswered[request] = items
-        self._send(FINISH_VERB, U32.pack(len(items)) + b"".join(items), request)
+        return frame(FINISH_VERB, U32.pack(len(items)) + b"".join(items), request)
 
-    def _grant(self) -> None:
-        if self._draining:
-            return
-        want = self._window - self._owed - len(self._queue)
-        if want > 0 and (want * 4 >= self._window or not self._queue):
-            self._owed += want
-            self._send(CREDIT, U32.pack(want))
+    def _credit(self) -> int:
+        """How many more calls to ask for: up to the window, when half of it is used up."""
+        have = self._owed + len(self._queue) + len(self._running)
+        return 0 if self._draining or have * 2 > self._window else self._window - have
 
     def _push_out(self) -> None:
-        """Outcomes must not wait for a slow call that follows them."""
+        """Neither outcomes nor leases must wait for a slow call."""
         while not self._draining:
             self._working.wait()
             time.sleep(0.02)
-            if self._items and time.perf_counter() - self._flushed > 0.02:
-                with contextlib.suppress(ConnectionLost):  # the main loop repeats them
+            now = time.perf_counter()
+            with contextlib.suppress(ConnectionLost, DagoramaError):  # the main loop sees it too, and repeats
+                if self._working.is_set() and not self._draining and now - self._began > WORTH and (self._queue or self._owed):
+                    if self._looking.acquire(blocking=False):
+                        try:
+                            self._retreat()
+                        finally:
+                            self._looking.release()
+                elif self._items and now - self._flushed > 0.02:
                     self._flush(grant=False)
 
-    def _release(self, entries: Iterable[Lease | list[Lease]]) -> None:
-        for entry in entries:
+    def _retreat(self) -> None:
+        """Calls are slower than they were: give back what waits here. Credit cannot be taken back, but ends with a connection."""
+        self._window = 1
+        self._per_call = WORTH
+        self._queue.clear()  # no longer known here, so released
+        self._connect(once=True)
+
+    def _release(self) -> None:
+        """Give back what waits here."""
+        while self._queue:
+            entry = self._queue.popleft()
             for lease in entry if isinstance(entry, list) else (entry,):
                 self._items.append(FINISH.pack(lease[1], lease[3], lease[4], lease[5], RELEASED, JSON, 0, 0, 0, 0))
 
@@ -316,7 +348,7 @@ class Executor:
                 elif fd == self._parent:
                     poll.unregister(fd)
                     self._draining, self._parent = True, None
-                else:
+                elif fd == self._wake.fileno():
                     self._wake.recv(64)
 
     def _handle(self, reader: Reader) -> bool:
@@ -455,9 +487,10 @@ class Executor:
         """Look at what has arrived, without waiting."""
         if self._looking.acquire(blocking=False):
             try:
-                if self._sock is not None and self._reader is not None and select.select([self._sock], [], [], 0)[0]:
-                    self._reader.fill()
-                    self._handle(self._reader)
+                sock, reader, poll = self._sock, self._reader, self._poll
+                if sock is not None and reader is not None and poll is not None and sock.fileno() in dict(poll.poll(0)):
+                    reader.fill()
+                    self._handle(reader)
             except ConnectionLost:
                 pass  # the next send or receive connects again
             finally:
@@ -468,8 +501,8 @@ class Executor:
         """Create children now."""
         with self._looking:
             if self._defined < len(SPECS):
-                with contextlib.suppress(ConnectionLost):
-                    self._define()
+                with contextlib.suppress(ConnectionLost), self._flushing:
+                    self._write(self._define())
             reply = self._ask(CREATE_VERB, CREATE.pack(run, node, attempt, token, first_child, count) + nodes)
         return int(U32.unpack_from(reply[0])[0])
 
@@ -485,9 +518,13 @@ class Executor:
         calls = 0
         began = now = clock()
         try:
-            while queue and not self._draining:
-                entry = queue.popleft()
+            while not self._draining:
+                try:
+                    entry = queue.popleft()
+                except IndexError:  # the end, or the helper thread has given it back
+                    break
                 calls += 1
+                self._began = now
                 if isinstance(entry, list):
                     self._flush()
                     self._bundle(entry)
@@ -537,20 +574,14 @@ class Executor:
                     items.append(item)
                 spent, now = -now, clock()
                 spent += now
-                if spent > SLOW:
-                    handler.slow = True
-                    if spent > WORTH and queue:  # others may have nothing to do while these wait
-                        self._release(queue)
-                        queue.clear()
-                        self._window = 1
-                else:
-                    handler.slow = False
+                handler.slow = spent > SLOW
+                if spent > WORTH and (queue or self._owed):
+                    self._retreat()
         finally:
             slot[16] = 0
-            if queue and self._draining:
-                self._release(queue)
-                queue.clear()
             self._working.clear()
+            if self._draining:
+                self._release()
         self._measure(calls, now - began)
 
     def _measure(self, calls: int, spent: float) -> None:
@@ -589,7 +620,7 @@ class Executor:
         if handler.timeout is not None:
             deadline = time.monotonic() + handler.timeout
             attempt.deadline = time.time() + handler.timeout
-            self._slot[17] = policy.covers(TimeoutError)
+            self._slot[17] = policy._covers(TimeoutError)
             self._slot[8:16] = _DEADLINE.pack(deadline)
         try:
             value = handler.fn(*args, **kwargs)
@@ -606,7 +637,7 @@ class Executor:
     def _failure(self, error: BaseException, handler: Handler, run: int, salt: int, node: int, number: int, token: bytes,
                  attempt: Attempt | None) -> bytes:
         policy = (attempt.retry if attempt is not None else None) or handler.retry
-        end = FAILED_RETRY if policy.covers(type(error)) else FAILED
+        end = FAILED_RETRY if policy._covers(type(error)) else FAILED
         try:
             said = describe(error, handler.name, f"{run_text(run, salt)}/{node}", number, 1 if handler.plain else 2)
         except BaseException as worse:

@@ -123,7 +123,10 @@ _spare: list[_Pickler] = []
 
 def pickled(value: object, refs: Refs | None = None, *, outcomes: bool = True) -> bytes:
     """A pickle in which promises are persistent ids. The pickler is kept for the next one."""
-    pickler = _spare.pop() if _spare else _Pickler()  # a __reduce__ that calls an action gets another one
+    try:
+        pickler = _spare.pop()
+    except IndexError:  # the first, or inside a __reduce__ that calls an action
+        pickler = _Pickler()
     try:
         pickler.refs = refs
         pickler.allow_outcomes = outcomes

@@ -30,11 +30,11 @@ class Retry:
         self.on = on
         self.never = never
 
-    def covers(self, kind: type[BaseException]) -> bool:
+    def _covers(self, kind: type[BaseException]) -> bool:
         """Whether an exception of that class is worth another attempt."""
         return issubclass(kind, self.on) and not issubclass(kind, self.never)
 
-    def wire(self) -> dict[str, int]:
+    def _wire(self) -> dict[str, int]:
         """As the protocol writes it."""
         return {
             "max_attempts": self.attempts, "max_losses": self.losses, "delay_ms": round(self.delay * 1000),

@@ -258,7 +258,7 @@ class Worker:
         if own:
             sessions.append(int(own, 16))
         with contextlib.suppress(DagoramaError):
-            self._channel.open()
+            self._channel.open(0.0)
         self._channel.send(HEARTBEAT, U32.pack(len(sessions)) + b"".join(map(U64.pack, sessions)))
 
     def _look_after(self, child: _Child, now: float) -> None:
@@ -278,7 +278,7 @@ class Worker:
                 warn(f"a worker process died ({_how(code)}); what it ran will be tried again, a new one starts")
             self._take_over(child)
         child.close()
-        if child.process is not None and not self._stopped():
+        if self._isolation != "none" and not self._stopped():
             if now - child.started < 1 and not child.timed_out:
                 self._stopped(0.5)  # not as fast as it dies
             self._children.append(_Child(self))
@@ -392,7 +392,8 @@ def child_main() -> None:
         traceback.print_exc()
         os._exit(CANNOT_START)
     if len(REGISTRY) < 2:
-        warn(f"no action is defined in {', '.join(said['modules']) or 'no module'}: name the modules that have the actions")
+        where = ", ".join(f"{name} ({getattr(sys.modules.get(name), '__file__', None) or 'built in'})" for name in said["modules"])
+        warn(f"no action is defined in {where or 'no module'}: name the modules that have the actions")
     executor.append(Executor(Address(None), said["token"], said["queues"], said["tolerate"], slot))
     try:
         executor[0].run(parent)

@@ -1,8 +1,8 @@
 """Fetch the pages of a site, embed them in batches, and find the ones that are alike.
 
     dagorama serve                              # in one terminal
-    dagorama worker site --tolerate gpu         # in another, in this directory
-    python site.py                              # in a third
+    dagorama worker pages --tolerate gpu         # in another, in this directory
+    python pages.py                              # in a third
 """
 
 from hashlib import sha256
