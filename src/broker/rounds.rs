@@ -13,8 +13,8 @@ use super::restore::derive;
 use super::retry::revoke;
 use super::run::{Body, NONE, Run, STATES, Stage};
 use super::types::{
-    BodyEnd, NodeRecord, NodeState, Note, Progress, RunId, RunSeq, RunState, Spec, SpecId,
-    Timestamp,
+    Attempt, BodyEnd, NodeIndex, NodeKey, NodeRecord, NodeState, Note, Progress, RunId, RunSeq,
+    RunState, Spec, SpecId, Timestamp,
 };
 use super::{Broker, World};
 
@@ -81,6 +81,7 @@ impl Broker {
             }
         }
         derive(run, world);
+        world.forget_revoked(id.seq);
         Ok(())
     }
 
@@ -98,6 +99,7 @@ impl Broker {
             return no(Code::RunNotEnded, "still owes a delivery");
         }
         self.runs.remove(&seq);
+        world.forget_revoked(seq);
         world.expire_keys_of(tx, seq);
         tx.facts.push(Fact::RunDeleted { run: seq });
         Ok(())
@@ -130,6 +132,10 @@ fn leave(run: &mut Run, world: &mut World, tx: &mut Tx, node: u32) {
         Stage::Leased => {
             revoke(run, world, tx, node);
             world.close_lease(key, open.session);
+            world.revoked.insert(key, Attempt(core.attempt));
+            while world.revoked.len() > world.settings.max_leases {
+                world.revoked.pop_first();
+            }
         }
         _ if open.doom != NONE => {
             world.doomed.remove(&key);
@@ -181,6 +187,15 @@ fn reopened(
 }
 
 impl World {
+    fn forget_revoked(&mut self, run: RunSeq) {
+        let (first, last) = (NodeIndex(0), NodeIndex(u32::MAX));
+        let of_run = NodeKey::new(run, first)..=NodeKey::new(run, last);
+        while let Some((key, _)) = self.revoked.range(of_run.clone()).next() {
+            let key = *key;
+            self.revoked.remove(&key);
+        }
+    }
+
     /// The same spec with the code that was announced last for its action.
     fn newest(&mut self, tx: &mut Tx, id: u32) -> SpecId {
         let spec = Arc::clone(self.specs.of(id));
