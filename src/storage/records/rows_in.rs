@@ -134,11 +134,11 @@ pub fn event_row(
             last = first + (count - 1);
             continue;
         }
-        let node = super::node::near(&mut reader, last)?;
+        let index = super::node::near(&mut reader, last)?;
         let event = EventRecord {
             seq,
             at,
-            node: NodeIndex(node),
+            node: NodeIndex(index),
             state: state_word(code).ok_or_else(|| reader.error("an unknown state"))?,
             attempt: reader.varint32()?,
             note,
@@ -147,7 +147,7 @@ pub fn event_row(
             return Ok(());
         }
         seq = seq.wrapping_add(1);
-        last = node;
+        last = index;
     }
     Ok(())
 }
@@ -228,7 +228,8 @@ impl Parts {
     /// Takes up the next part.
     pub fn next(mut self, value: &Bytes) -> Result<Self, DecodeError> {
         let mut reader = open(value)?;
-        self.bytes.extend_from_slice(reader.raw(reader.remaining())?);
+        self.bytes
+            .extend_from_slice(reader.raw(reader.remaining())?);
         self.checked(&reader)
     }
 
