@@ -45,6 +45,11 @@ impl Restoring {
         }
     }
 
+    /// Sets the secret that lease tokens are derived from, for a store that tells it only once it has been read.
+    pub fn set_lease_secret(&mut self, lease_secret: [u8; 16]) {
+        self.broker.world.secret = lease_secret;
+    }
+
     /// Takes the next fact.
     pub fn absorb(&mut self, fact: Fact) {
         let runs = &mut self.broker.runs;
