@@ -4,6 +4,7 @@
 //! option that is known but not built yet says so. Messages name the place, the key, the value and the way out. Nothing here opens
 //! anything: [`Config`] is plain data, and `config/broker.toml` shows all of it.
 
+mod effect;
 mod expression;
 mod routes;
 mod token;
@@ -77,7 +78,7 @@ pub struct Leases {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Storage {
-    /// Size of a segment of the commit log.
+    /// Size of a segment of the commit log; the largest completion must fit into one. 64MiB to 1GiB.
     pub segment: Size,
     /// Facts stay in the log and in memory for about that long before the state store takes them.
     pub window: Period,

@@ -42,13 +42,20 @@ pub(super) fn read(route: &Route, message: &Message, limit: usize) -> Result<Usa
     if bytes.len() > limit {
         return Err(unusable(
             "PAYLOAD_TOO_LARGE",
-            format!("the arguments have {} bytes, more than max_payload ({limit})", bytes.len()),
+            format!(
+                "the arguments have {} bytes, more than max_payload ({limit})",
+                bytes.len()
+            ),
         ));
     }
     let identity = identity(&route.name, &message.identity);
     let key = match &route.dedup {
         None | Some(Dedup::Offset | Dedup::MessageId) => None,
-        Some(Dedup::Hash) => Some(hashed(&route.name, "hash", message.body.as_deref().unwrap_or_default())),
+        Some(Dedup::Hash) => Some(hashed(
+            &route.name,
+            "hash",
+            message.body.as_deref().unwrap_or_default(),
+        )),
         Some(Dedup::Path(path)) => {
             let found = evaluate(path, message, &body)?;
             Some(hashed(&route.name, "path", text_of(&found).as_bytes()))
@@ -64,7 +71,10 @@ pub(super) fn read(route: &Route, message: &Message, limit: usize) -> Result<Usa
         (identity, None) => (identity, None),
     };
     Ok(Usable {
-        arguments: Payload { codec, body: Body::Inline(bytes) },
+        arguments: Payload {
+            codec,
+            body: Body::Inline(bytes),
+        },
         identity,
         key,
     })
@@ -73,7 +83,11 @@ pub(super) fn read(route: &Route, message: &Message, limit: usize) -> Result<Usa
 /// How the source recognises a message, in the broker's words.
 pub(super) fn identity(route: &str, identity: &MessageIdentity) -> Identity {
     match identity {
-        MessageIdentity::Position { partition, position, next } => Identity::Position {
+        MessageIdentity::Position {
+            partition,
+            position,
+            next,
+        } => Identity::Position {
             partition: Arc::clone(partition),
             position: *position,
             next: *next,
@@ -103,9 +117,13 @@ struct Decoded<'a> {
 impl<'a> Decoded<'a> {
     fn new(route: &Route, message: &'a Message) -> Result<Self, Unusable> {
         if route.codec == RouteCodec::Raw {
-            return Ok(Self { text: "", value: None });
+            return Ok(Self {
+                text: "",
+                value: None,
+            });
         }
-        let no_json = |why: String| unusable("BODY_NOT_JSON", format!("the body is no JSON value: {why}"));
+        let no_json =
+            |why: String| unusable("BODY_NOT_JSON", format!("the body is no JSON value: {why}"));
         let text = match &message.body {
             None => "null",
             Some(bytes) => std::str::from_utf8(bytes).map_err(|e| no_json(e.to_string()))?,
@@ -124,7 +142,9 @@ impl<'a> Decoded<'a> {
             if suspicious && is_reserved(&value) {
                 return Err(unusable(
                     "BODY_RESERVED",
-                    format!("the body has an object with the key {RESERVED}, which stands for references: rename it, or use codec = \"raw\""),
+                    format!(
+                        "the body has an object with the key {RESERVED}, which stands for references: rename it, or use codec = \"raw\""
+                    ),
                 ));
             }
             Some(value)
@@ -138,13 +158,17 @@ impl<'a> Decoded<'a> {
 
 /// Whether a text is one JSON value.
 pub(super) fn check_json(text: &str) -> Result<(), String> {
-    serde_json::from_str::<serde::de::IgnoredAny>(text).map(|_| ()).map_err(|e| e.to_string())
+    serde_json::from_str::<serde::de::IgnoredAny>(text)
+        .map(|_| ())
+        .map_err(|e| e.to_string())
 }
 
 fn is_reserved(value: &Value) -> bool {
     // As deep as serde_json reads, which is 128.
     match value {
-        Value::Object(map) => map.iter().any(|(key, value)| key == RESERVED || is_reserved(value)),
+        Value::Object(map) => map
+            .iter()
+            .any(|(key, value)| key == RESERVED || is_reserved(value)),
         Value::Array(items) => items.iter().any(is_reserved),
         _ => false,
     }
@@ -168,8 +192,10 @@ fn picked(paths: &ArgumentPaths, message: &Message, body: &Decoded<'_>) -> Resul
             serde_json::json!({"args": found?, "kwargs": {}})
         }
         ArgumentPaths::Named(paths) => {
-            let found: Result<serde_json::Map<String, Value>, Unusable> =
-                paths.iter().map(|(name, path)| Ok((name.clone(), find(path)?))).collect();
+            let found: Result<serde_json::Map<String, Value>, Unusable> = paths
+                .iter()
+                .map(|(name, path)| Ok((name.clone(), find(path)?)))
+                .collect();
             serde_json::json!({"args": [], "kwargs": found?})
         }
     };
@@ -179,7 +205,9 @@ fn picked(paths: &ArgumentPaths, message: &Message, body: &Decoded<'_>) -> Resul
 fn evaluate(path: &Expression, message: &Message, body: &Decoded<'_>) -> Result<Value, Unusable> {
     let find = |term: &Term| {
         look(term, message, body).ok_or_else(|| {
-            let shown = Expression { terms: vec![term.clone()] };
+            let shown = Expression {
+                terms: vec![term.clone()],
+            };
             unusable("ARGUMENT_MISSING", format!("the message has no {shown}"))
         })
     };
@@ -204,7 +232,10 @@ fn look(term: &Term, message: &Message, body: &Decoded<'_>) -> Option<Value> {
             let found = message.headers.iter().find(|(header, _)| header == name);
             found.map(|(_, value)| text(value))
         }
-        Term::Coordinate(name) => message.coordinates.get(name).map(|c| Value::String(c.clone())),
+        Term::Coordinate(name) => message
+            .coordinates
+            .get(name)
+            .map(|c| Value::String(c.clone())),
         Term::Body(steps) => {
             let mut at = body.value.as_ref()?;
             for step in steps {
@@ -246,7 +277,11 @@ mod tests {
             body: Some(body.to_owned().into()),
             key: Some("k".into()),
             headers: vec![("h".into(), "v".into())],
-            identity: MessageIdentity::Position { partition: "p".into(), position: 5, next: 9 },
+            identity: MessageIdentity::Position {
+                partition: "p".into(),
+                position: 5,
+                next: 9,
+            },
             coordinates: [("path".into(), "in".into()), ("offset".into(), "5".into())].into(),
             unusable: None,
         }
@@ -254,27 +289,67 @@ mod tests {
 
     fn arguments(route: &Route, message: &Message) -> Result<String, &'static str> {
         let usable = read(route, message, 1000).map_err(|u| u.code)?;
-        let Body::Inline(bytes) = usable.arguments.body else { panic!("stored") };
-        Ok(format!("{:?} {}", usable.arguments.codec, String::from_utf8(bytes.to_vec()).unwrap()))
+        let Body::Inline(bytes) = usable.arguments.body else {
+            panic!("stored")
+        };
+        Ok(format!(
+            "{:?} {}",
+            usable.arguments.codec,
+            String::from_utf8(bytes.to_vec()).unwrap()
+        ))
     }
 
     #[test]
     fn messages_become_arguments() {
         for (extra, body, wanted) in [
             // The bytes pass as they came.
-            ("", "{\"a\": 1.00, \"b\":12345678901234567890123}", "Json {\"args\":[{\"a\": 1.00, \"b\":12345678901234567890123}],\"kwargs\":{}}"),
+            (
+                "",
+                "{\"a\": 1.00, \"b\":12345678901234567890123}",
+                "Json {\"args\":[{\"a\": 1.00, \"b\":12345678901234567890123}],\"kwargs\":{}}",
+            ),
             ("", " null ", "Json {\"args\":[ null ],\"kwargs\":{}}"),
-            ("", "\"\\u0041\"", "Json {\"args\":[\"\\u0041\"],\"kwargs\":{}}"),
+            (
+                "",
+                "\"\\u0041\"",
+                "Json {\"args\":[\"\\u0041\"],\"kwargs\":{}}",
+            ),
             ("codec = \"raw\"", "no json", "Raw no json"),
-            ("arguments = { u = \"body.a[1].b\", w = \"body\" }", "{\"a\":[0,{\"b\":7}]}", "Json {\"args\":[],\"kwargs\":{\"u\":7,\"w\":{\"a\":[0,{\"b\":7}]}}}"),
-            ("arguments = [\"body.a\", \"key\", \"header.h\", \"'c'\"]", "{\"a\":null}", "Json {\"args\":[null,\"k\",\"v\",\"c\"],\"kwargs\":{}}"),
-            ("arguments = [\"path + ':' + offset + body.n\"]", "{\"n\":1}", "Json {\"args\":[\"in:51\"],\"kwargs\":{}}"),
-            ("codec = \"raw\"\narguments = [\"key\"]", "no json", "Json {\"args\":[\"k\"],\"kwargs\":{}}"),
+            (
+                "arguments = { u = \"body.a[1].b\", w = \"body\" }",
+                "{\"a\":[0,{\"b\":7}]}",
+                "Json {\"args\":[],\"kwargs\":{\"u\":7,\"w\":{\"a\":[0,{\"b\":7}]}}}",
+            ),
+            (
+                "arguments = [\"body.a\", \"key\", \"header.h\", \"'c'\"]",
+                "{\"a\":null}",
+                "Json {\"args\":[null,\"k\",\"v\",\"c\"],\"kwargs\":{}}",
+            ),
+            (
+                "arguments = [\"path + ':' + offset + body.n\"]",
+                "{\"n\":1}",
+                "Json {\"args\":[\"in:51\"],\"kwargs\":{}}",
+            ),
+            (
+                "codec = \"raw\"\narguments = [\"key\"]",
+                "no json",
+                "Json {\"args\":[\"k\"],\"kwargs\":{}}",
+            ),
         ] {
-            assert_eq!(arguments(&route(extra), &message(body)).as_deref(), Ok(wanted), "{extra}");
+            assert_eq!(
+                arguments(&route(extra), &message(body)).as_deref(),
+                Ok(wanted),
+                "{extra}"
+            );
         }
-        let tombstone = Message { body: None, ..message("") };
-        assert_eq!(arguments(&route(""), &tombstone).unwrap(), "Json {\"args\":[null],\"kwargs\":{}}");
+        let tombstone = Message {
+            body: None,
+            ..message("")
+        };
+        assert_eq!(
+            arguments(&route(""), &tombstone).unwrap(),
+            "Json {\"args\":[null],\"kwargs\":{}}"
+        );
     }
 
     #[test]
@@ -292,19 +367,39 @@ mod tests {
             ("arguments = [\"header.x\"]", "1", "ARGUMENT_MISSING"),
             ("dedup = \"body.id\"", "{}", "ARGUMENT_MISSING"),
         ] {
-            assert_eq!(arguments(&route(extra), &message(body)).unwrap_err(), code, "{extra} {body}");
+            assert_eq!(
+                arguments(&route(extra), &message(body)).unwrap_err(),
+                code,
+                "{extra} {body}"
+            );
         }
         let long = format!("\"{}\"", "x".repeat(2000));
-        assert_eq!(arguments(&route(""), &message(&long)).unwrap_err(), "PAYLOAD_TOO_LARGE");
-        let invalid = Message { body: Some(Bytes::from_static(b"\"\xff\"")), ..message("") };
-        assert_eq!(arguments(&route(""), &invalid).unwrap_err(), "BODY_NOT_JSON");
+        assert_eq!(
+            arguments(&route(""), &message(&long)).unwrap_err(),
+            "PAYLOAD_TOO_LARGE"
+        );
+        let invalid = Message {
+            body: Some(Bytes::from_static(b"\"\xff\"")),
+            ..message("")
+        };
+        assert_eq!(
+            arguments(&route(""), &invalid).unwrap_err(),
+            "BODY_NOT_JSON"
+        );
         let mentioned = message("\"the word $dagorama in a text\"");
-        assert!(arguments(&route(""), &mentioned).is_ok(), "only a key is reserved");
+        assert!(
+            arguments(&route(""), &mentioned).is_ok(),
+            "only a key is reserved"
+        );
     }
 
     #[test]
     fn repetitions_are_recognised_by_what_the_route_says() {
-        let place = Identity::Position { partition: "p".into(), position: 5, next: 9 };
+        let place = Identity::Position {
+            partition: "p".into(),
+            position: 5,
+            next: 9,
+        };
         let of = |extra: &str, message: &Message| read(&route(extra), message, 1000).unwrap();
         let plain = of("", &message("1"));
         assert_eq!((plain.identity, plain.key), (place.clone(), None));
@@ -314,11 +409,17 @@ mod tests {
         assert_eq!(by_path.identity, place);
         let same = of("dedup = \"body.id\"", &message("{\"id\":7, \"other\":1}"));
         assert_eq!(same.key, by_path.key);
-        assert_ne!(of("dedup = \"body.id\"", &message("{\"id\":8}")).key, by_path.key);
+        assert_ne!(
+            of("dedup = \"body.id\"", &message("{\"id\":8}")).key,
+            by_path.key
+        );
         assert!(of("dedup = \"hash\"", &message("1")).key.is_some());
 
         // …and takes its place where there is none.
-        let nowhere = Message { identity: MessageIdentity::None, ..message("{\"id\":7}") };
+        let nowhere = Message {
+            identity: MessageIdentity::None,
+            ..message("{\"id\":7}")
+        };
         assert_eq!(of("", &nowhere).identity, Identity::None);
         let key = of("dedup = \"body.id\"", &nowhere);
         assert!(matches!(key.identity, Identity::Key(_)) && key.key.is_none());

@@ -88,7 +88,12 @@ pub(super) fn by_name(action: &str) -> Arc<Spec> {
 }
 
 /// A run of one node.
-pub(super) fn submission(spec: Arc<Spec>, arguments: Payload, route: &str, usable: (Identity, Option<crate::broker::command::SubmissionKey>)) -> Submission {
+pub(super) fn submission(
+    spec: Arc<Spec>,
+    arguments: Payload,
+    route: &str,
+    usable: (Identity, Option<crate::broker::command::SubmissionKey>),
+) -> Submission {
     Submission {
         key: usable.1,
         specs: vec![spec],
@@ -118,7 +123,11 @@ impl Positions for Committed {
         let partition: Arc<str> = partition.into();
         Box::pin(async move {
             let route = Arc::clone(&self.route);
-            match self.handle.query(Query::Position { route, partition }).await {
+            match self
+                .handle
+                .query(Query::Position { route, partition })
+                .await
+            {
                 Ok(Answer::Position(next)) => Ok(next),
                 Ok(other) => Err(BridgeError::Retry(format!("no position: {other:?}"))),
                 Err(stopped) => Err(BridgeError::Retry(stopped.to_string())),
@@ -196,7 +205,10 @@ impl Inbound {
             }
             if !paused {
                 source.pause(true).await?;
-                let reason = format!("{open} runs have not ended, max_inflight_runs is {}", self.max_inflight_runs);
+                let reason = format!(
+                    "{open} runs have not ended, max_inflight_runs is {}",
+                    self.max_inflight_runs
+                );
                 self.status.hold("waiting", "", &reason);
                 paused = true;
             }
@@ -210,7 +222,11 @@ impl Inbound {
     /// Counts a run until it has ended.
     fn watch(&self, run: RunId) {
         let ended = self.handle.run_ended(run.seq);
-        let (handle, inflight, status) = (self.handle.clone(), Arc::clone(&self.inflight), Arc::clone(&self.status));
+        let (handle, inflight, status) = (
+            self.handle.clone(),
+            Arc::clone(&self.inflight),
+            Arc::clone(&self.status),
+        );
         inflight.count.fetch_add(1, Ordering::AcqRel);
         add(&status.counts.pending, 1);
         tokio::spawn(async move {
@@ -218,7 +234,8 @@ impl Inbound {
             let mut wait = ASK_AGAIN.0;
             while tokio::time::timeout(wait, &mut ended).await.is_err() {
                 let answer = handle.query(Query::Run(run)).await;
-                if !matches!(answer, Ok(Answer::Run(summary)) if summary.state == RunState::Running) {
+                if !matches!(answer, Ok(Answer::Run(summary)) if summary.state == RunState::Running)
+                {
                     break;
                 }
                 wait = (wait * 2).min(ASK_AGAIN.1);
@@ -234,17 +251,29 @@ impl Inbound {
     /// Makes messages durable, in order, and settles them.
     async fn take(&self, source: &mut dyn Source, messages: Vec<Message>) -> Result<(), Halt> {
         let spec = by_name(&self.route.action);
-        let mut items: Vec<(Message, Result<Submission, Unusable>)> = Vec::with_capacity(messages.len());
+        let mut items: Vec<(Message, Result<Submission, Unusable>)> =
+            Vec::with_capacity(messages.len());
         let mut stopped_by = None;
         for message in messages {
             let read = match arguments::read(&self.route, &message, self.max_payload) {
-                Ok(Usable { arguments, identity, key }) => {
-                    Ok(submission(Arc::clone(&spec), arguments, &self.route.name, (identity, key)))
-                }
+                Ok(Usable {
+                    arguments,
+                    identity,
+                    key,
+                }) => Ok(submission(
+                    Arc::clone(&spec),
+                    arguments,
+                    &self.route.name,
+                    (identity, key),
+                )),
                 Err(unusable) if self.on_error == OnError::Stop => {
                     stopped_by = Some(BridgeError::Parked {
                         code: unusable.code,
-                        reason: format!("{} (on_error = \"stop\": {})", unusable.reason, place(&message)),
+                        reason: format!(
+                            "{} (on_error = \"stop\": {})",
+                            unusable.reason,
+                            place(&message)
+                        ),
                     });
                     break;
                 }
@@ -255,7 +284,10 @@ impl Inbound {
         self.persist(&mut items).await?;
         let mut rest = &items[..];
         while let Some((_, first)) = rest.first() {
-            let alike = rest.iter().take_while(|(_, read)| read.is_ok() == first.is_ok()).count();
+            let alike = rest
+                .iter()
+                .take_while(|(_, read)| read.is_ok() == first.is_ok())
+                .count();
             let (now, later) = rest.split_at(alike);
             self.check_held(source, now)?;
             let receipts = if first.is_ok() {
@@ -270,26 +302,41 @@ impl Inbound {
     }
 
     /// What a source has lost to another reader meanwhile is the other one's to apply.
-    fn check_held(&self, source: &dyn Source, items: &[(Message, Result<Submission, Unusable>)]) -> Result<(), Halt> {
+    fn check_held(
+        &self,
+        source: &dyn Source,
+        items: &[(Message, Result<Submission, Unusable>)],
+    ) -> Result<(), Halt> {
         for (message, _) in items {
             if let MessageIdentity::Position { partition, .. } = &message.identity
                 && !source.holds(partition)
             {
-                return Err(BridgeError::Retry(format!("route {}: partition {partition} was lost to another reader", self.route.name)).into());
+                return Err(BridgeError::Retry(format!(
+                    "route {}: partition {partition} was lost to another reader",
+                    self.route.name
+                ))
+                .into());
             }
         }
         Ok(())
     }
 
     /// Makes large arguments durable before the command that names them; those of one batch share their syncs.
-    async fn persist(&self, items: &mut [(Message, Result<Submission, Unusable>)]) -> Result<(), Halt> {
+    async fn persist(
+        &self,
+        items: &mut [(Message, Result<Submission, Unusable>)],
+    ) -> Result<(), Halt> {
         let mut writes = Vec::new();
         for (i, (_, read)) in items.iter().enumerate() {
             if let Ok(submission) = read
                 && submission.nodes[0].arguments.body.len() > Body::INLINE_BYTES
             {
-                let (handle, payload) = (self.handle.clone(), submission.nodes[0].arguments.clone());
-                writes.push((i, tokio::spawn(async move { handle.persist(payload).await })));
+                let (handle, payload) =
+                    (self.handle.clone(), submission.nodes[0].arguments.clone());
+                writes.push((
+                    i,
+                    tokio::spawn(async move { handle.persist(payload).await }),
+                ));
             }
         }
         for (i, write) in writes {
@@ -303,7 +350,11 @@ impl Inbound {
     }
 
     /// Starts a run for each message; returns when each is durable, as a run or as a dead letter.
-    async fn submit(&self, source: &mut dyn Source, items: &[(Message, Result<Submission, Unusable>)]) -> Result<Vec<Receipt>, Halt> {
+    async fn submit(
+        &self,
+        source: &mut dyn Source,
+        items: &[(Message, Result<Submission, Unusable>)],
+    ) -> Result<Vec<Receipt>, Halt> {
         let mut receipts: Vec<Option<Receipt>> = vec![None; items.len()];
         let mut attempts = vec![0u32; items.len()];
         let mut offered: Vec<usize> = (0..items.len()).collect();
@@ -314,16 +365,23 @@ impl Inbound {
                 self.unplace_if_passed_over(&mut submission, *i, items, &receipts);
                 Some(submission)
             });
-            let reply = self.handle.intake(Command::Submit(submissions.collect())).await?;
+            let reply = self
+                .handle
+                .intake(Command::Submit(submissions.collect()))
+                .await?;
             let Reply::Submitted(results) = reply else {
-                return Err(BridgeError::Retry("the broker answered something else".to_owned()).into());
+                return Err(
+                    BridgeError::Retry("the broker answered something else".to_owned()).into(),
+                );
             };
             let mut again = Vec::new();
             let mut refused: Option<Rejection> = None;
             for (i, result) in offered.into_iter().zip(results) {
                 match result {
                     Ok(submitted) => {
-                        receipts[i] = Some(Receipt::Applied { duplicate: submitted.existing });
+                        receipts[i] = Some(Receipt::Applied {
+                            duplicate: submitted.existing,
+                        });
                         if submitted.existing {
                             add(&self.status.counts.duplicates, 1);
                         } else {
@@ -342,7 +400,16 @@ impl Inbound {
                             attempts[i] += 1;
                         }
                         if attempts[i] >= self.max_attempts {
-                            self.refused_for_good(source, &items[i], i, attempts[i], &no, items, &receipts).await?;
+                            self.refused_for_good(
+                                source,
+                                &items[i],
+                                i,
+                                attempts[i],
+                                &no,
+                                items,
+                                &receipts,
+                            )
+                            .await?;
                             receipts[i] = Some(Receipt::DeadLettered);
                         } else {
                             again.push(i);
@@ -352,7 +419,9 @@ impl Inbound {
                 }
             }
             if let Some(no) = refused {
-                pause.begin(self, source, no.code.as_str(), &no.message).await?;
+                pause
+                    .begin(self, source, no.code.as_str(), &no.message)
+                    .await?;
             }
             offered = again;
         }
@@ -362,17 +431,30 @@ impl Inbound {
 
     /// Should the broker ever refuse a message and take a later one of the same partition, the place of the first counts as applied: it
     /// goes on without one, or it would be taken for a repetition and lost.
-    fn unplace_if_passed_over(&self, submission: &mut Submission, i: usize, items: &[(Message, Result<Submission, Unusable>)], receipts: &[Option<Receipt>]) {
+    fn unplace_if_passed_over(
+        &self,
+        submission: &mut Submission,
+        i: usize,
+        items: &[(Message, Result<Submission, Unusable>)],
+        receipts: &[Option<Receipt>],
+    ) {
         let Some(origin) = &mut submission.origin else {
             return;
         };
         if is_passed_over(&items[i].0, i, items, receipts) {
-            tracing::error!(route = self.route.name, place = place(&items[i].0), "a later message was taken first");
+            tracing::error!(
+                route = self.route.name,
+                place = place(&items[i].0),
+                "a later message was taken first"
+            );
             origin.identity = Identity::None;
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one caller, which has all of it at hand")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one caller, which has all of it at hand"
+    )]
     async fn refused_for_good(
         &self,
         source: &mut dyn Source,
@@ -383,7 +465,9 @@ impl Inbound {
         items: &[(Message, Result<Submission, Unusable>)],
         receipts: &[Option<Receipt>],
     ) -> Result<(), Halt> {
-        let mut letter = self.letter(&item.0, no.code.as_str(), &no.message, attempts).await?;
+        let mut letter = self
+            .letter(&item.0, no.code.as_str(), &no.message, attempts)
+            .await?;
         if is_passed_over(&item.0, i, items, receipts) {
             letter.origin.identity = Identity::None;
         }
@@ -392,21 +476,41 @@ impl Inbound {
 
     // ---- dead letters ---------------------------------------------------------------------------------------------------
 
-    async fn bury(&self, source: &mut dyn Source, items: &[(Message, Result<Submission, Unusable>)]) -> Result<Vec<Receipt>, Halt> {
+    async fn bury(
+        &self,
+        source: &mut dyn Source,
+        items: &[(Message, Result<Submission, Unusable>)],
+    ) -> Result<Vec<Receipt>, Halt> {
         let mut letters = Vec::with_capacity(items.len());
         for (message, read) in items {
             if let Err(unusable) = read {
-                letters.push(self.letter(message, unusable.code, &unusable.reason, 1).await?);
+                letters.push(
+                    self.letter(message, unusable.code, &unusable.reason, 1)
+                        .await?,
+                );
             }
         }
         self.send_letters(source, letters).await?;
         Ok(vec![Receipt::DeadLettered; items.len()])
     }
 
-    async fn letter(&self, message: &Message, code: &str, reason: &str, attempts: u32) -> Result<DeadLetter, Halt> {
+    async fn letter(
+        &self,
+        message: &Message,
+        code: &str,
+        reason: &str,
+        attempts: u32,
+    ) -> Result<DeadLetter, Halt> {
         let body = message.body.clone().unwrap_or_default();
-        let body = Payload { codec: Codec::Raw, body: Body::Inline(body) };
-        let body = self.handle.persist(body).await.map_err(|e| BridgeError::Retry(e.to_string()))?;
+        let body = Payload {
+            codec: Codec::Raw,
+            body: Body::Inline(body),
+        };
+        let body = self
+            .handle
+            .persist(body)
+            .await
+            .map_err(|e| BridgeError::Retry(e.to_string()))?;
         let mut coordinates = message.coordinates.clone();
         let text = |bytes: &Bytes| String::from_utf8_lossy(bytes).into_owned();
         if let Some(key) = &message.key {
@@ -431,12 +535,21 @@ impl Inbound {
         })
     }
 
-    async fn send_letters(&self, source: &mut dyn Source, mut letters: Vec<DeadLetter>) -> Result<(), Halt> {
+    async fn send_letters(
+        &self,
+        source: &mut dyn Source,
+        mut letters: Vec<DeadLetter>,
+    ) -> Result<(), Halt> {
         let mut pause = Pause::default();
         loop {
-            let reply = self.handle.intake(Command::DeadLetter(letters.clone())).await?;
+            let reply = self
+                .handle
+                .intake(Command::DeadLetter(letters.clone()))
+                .await?;
             let Reply::Done(results) = reply else {
-                return Err(BridgeError::Retry("the broker answered something else".to_owned()).into());
+                return Err(
+                    BridgeError::Retry("the broker answered something else".to_owned()).into(),
+                );
             };
             let mut refused = None;
             let mut results = results.into_iter();
@@ -455,13 +568,24 @@ impl Inbound {
             add(&self.status.counts.dead, durable);
             match refused {
                 None if letters.is_empty() => return pause.end(self, source).await,
-                None => return Err(BridgeError::Retry("the broker answered for fewer letters".to_owned()).into()),
+                None => {
+                    return Err(BridgeError::Retry(
+                        "the broker answered for fewer letters".to_owned(),
+                    )
+                    .into());
+                }
                 Some(no) if no.code.retryable() => {
-                    pause.begin(self, source, no.code.as_str(), &no.message).await?;
+                    pause
+                        .begin(self, source, no.code.as_str(), &no.message)
+                        .await?;
                 }
                 // Nothing is dropped without a record: the route waits for a person.
                 Some(no) => {
-                    return Err(BridgeError::Parked { code: no.code.as_str(), reason: format!("a dead letter was refused: {}", no.message) }.into());
+                    return Err(BridgeError::Parked {
+                        code: no.code.as_str(),
+                        reason: format!("a dead letter was refused: {}", no.message),
+                    }
+                    .into());
                 }
             }
         }
@@ -469,7 +593,12 @@ impl Inbound {
 }
 
 /// Whether a later message of the same partition is durable already.
-fn is_passed_over(message: &Message, i: usize, items: &[(Message, Result<Submission, Unusable>)], receipts: &[Option<Receipt>]) -> bool {
+fn is_passed_over(
+    message: &Message,
+    i: usize,
+    items: &[(Message, Result<Submission, Unusable>)],
+    receipts: &[Option<Receipt>],
+) -> bool {
     let MessageIdentity::Position { partition, .. } = &message.identity else {
         return false;
     };
@@ -480,7 +609,11 @@ fn is_passed_over(message: &Message, i: usize, items: &[(Message, Result<Submiss
 }
 
 fn place(message: &Message) -> String {
-    let parts: Vec<_> = message.coordinates.iter().map(|(name, value)| format!("{name} {value}")).collect();
+    let parts: Vec<_> = message
+        .coordinates
+        .iter()
+        .map(|(name, value)| format!("{name} {value}"))
+        .collect();
     parts.join(", ")
 }
 
@@ -492,7 +625,13 @@ struct Pause {
 
 impl Pause {
     /// Waits a little, longer each time.
-    async fn begin(&mut self, inbound: &Inbound, source: &mut dyn Source, code: &'static str, reason: &str) -> Result<(), Halt> {
+    async fn begin(
+        &mut self,
+        inbound: &Inbound,
+        source: &mut dyn Source,
+        code: &'static str,
+        reason: &str,
+    ) -> Result<(), Halt> {
         if self.wait.is_none() {
             source.pause(true).await?;
         }

@@ -24,8 +24,8 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use crate::broker::OutputRule;
 use crate::broker::command::Rejection;
-use crate::broker::settings::OutputRule;
 use crate::config::{Config, Connection, Output, Route};
 use crate::engine::Handle;
 use inbound::Inbound;
@@ -33,10 +33,15 @@ use outbound::Outbound;
 use supervisor::{Status, Stop, supervise};
 
 /// Builds a source, as often as its route needs one.
-pub type SourceFactory = Arc<dyn Fn(Arc<dyn Positions>) -> BoxFuture<'static, Result<Box<dyn Source>, BridgeError>> + Send + Sync>;
+pub type SourceFactory = Arc<
+    dyn Fn(Arc<dyn Positions>) -> BoxFuture<'static, Result<Box<dyn Source>, BridgeError>>
+        + Send
+        + Sync,
+>;
 
 /// Builds a sink, as often as its output needs one.
-pub type SinkFactory = Arc<dyn Fn() -> BoxFuture<'static, Result<Box<dyn Sink>, BridgeError>> + Send + Sync>;
+pub type SinkFactory =
+    Arc<dyn Fn() -> BoxFuture<'static, Result<Box<dyn Sink>, BridgeError>> + Send + Sync>;
 
 /// All routes and outputs of a running broker.
 pub struct Bridges {
@@ -67,7 +72,13 @@ impl Bridges {
     #[must_use]
     pub fn start(handle: &Handle, config: &Config) -> Self {
         let max_line = usize::try_from(config.limits.max_payload.0).unwrap_or(usize::MAX);
-        let sources = |route: &Route| source_of(config.connection.get(&route.from.connection), route, max_line);
+        let sources = |route: &Route| {
+            source_of(
+                config.connection.get(&route.from.connection),
+                route,
+                max_line,
+            )
+        };
         let sinks = |output: &Output| sink_of(config.connection.get(&output.to.connection), output);
         Self::start_with(handle, config, sources, sinks)
     }
@@ -102,9 +113,14 @@ impl Bridges {
                 status: Arc::clone(&status),
                 stop: Stop(stopping.clone()),
                 max_payload,
-                max_attempts: route.inbox_max_attempts.unwrap_or(config.defaults.inbox_max_attempts),
+                max_attempts: route
+                    .inbox_max_attempts
+                    .unwrap_or(config.defaults.inbox_max_attempts),
                 on_error: route.on_error.unwrap_or(config.defaults.on_error),
-                max_inflight_runs: route.max_inflight_runs.unwrap_or(config.defaults.max_inflight_runs).into(),
+                max_inflight_runs: route
+                    .max_inflight_runs
+                    .unwrap_or(config.defaults.max_inflight_runs)
+                    .into(),
                 inflight: Arc::default(),
                 route: route.clone(),
             };
@@ -127,7 +143,9 @@ impl Bridges {
                 output: output.clone(),
             };
             let stop = Stop(stopping.clone());
-            tasks.push(tokio::spawn(async move { supervise(status, stop, || outbound.run()).await }));
+            tasks.push(tokio::spawn(async move {
+                supervise(status, stop, || outbound.run()).await;
+            }));
         }
         bridges.tasks = std::sync::Mutex::new(tasks);
         bridges
@@ -154,7 +172,11 @@ impl Bridges {
     pub async fn dlq(&self, request: Value) -> Result<Value, Rejection> {
         let names = dlq::Names {
             routes: &self.routes,
-            outputs: self.outbound.iter().map(|(status, _)| &*status.name).collect(),
+            outputs: self
+                .outbound
+                .iter()
+                .map(|(status, _)| &*status.name)
+                .collect(),
             max_payload: self.max_payload,
         };
         dlq::answer(&self.handle, &names, &request).await
@@ -177,7 +199,12 @@ impl Bridges {
     /// Ends all of them: what is being committed or delivered is finished and settled, nothing new begins.
     pub async fn shutdown(&self) {
         let _ = self.stop.send(true);
-        let tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        let tasks = std::mem::take(
+            &mut *self
+                .tasks
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner),
+        );
         for task in tasks {
             let _ = task.await;
         }
@@ -186,7 +213,9 @@ impl Bridges {
 
 impl std::fmt::Debug for Bridges {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Bridges").field("list", &self.list()).finish_non_exhaustive()
+        f.debug_struct("Bridges")
+            .field("list", &self.list())
+            .finish_non_exhaustive()
     }
 }
 
@@ -204,7 +233,9 @@ fn placed(connection: Option<&Connection>, path: Option<&PathBuf>) -> PathBuf {
 fn source_of(connection: Option<&Connection>, route: &Route, max_line: usize) -> SourceFactory {
     if route.from.stdin {
         return Arc::new(move |_| {
-            Box::pin(async move { Ok(Box::new(LineStream::stdin(max_line).source().await) as Box<dyn Source>) })
+            Box::pin(async move {
+                Ok(Box::new(LineStream::stdin(max_line).source().await) as Box<dyn Source>)
+            })
         });
     }
     let options = SourceOptions {
@@ -221,7 +252,9 @@ fn source_of(connection: Option<&Connection>, route: &Route, max_line: usize) ->
 
 fn sink_of(connection: Option<&Connection>, output: &Output) -> SinkFactory {
     if output.to.stdout {
-        return Arc::new(|| Box::pin(async { Ok(Box::new(StreamSink::stdout()) as Box<dyn Sink>) }));
+        return Arc::new(|| {
+            Box::pin(async { Ok(Box::new(StreamSink::stdout()) as Box<dyn Sink>) })
+        });
     }
     let path = placed(connection, output.to.path.as_ref());
     Arc::new(move || {

@@ -103,14 +103,22 @@ impl Outbound {
                 continue;
             };
             next = last.record.seq + 1;
-            self.status.counts.pending.store(ready.len() as u64, Ordering::Relaxed);
+            self.status
+                .counts
+                .pending
+                .store(ready.len() as u64, Ordering::Relaxed);
             let mut deliveries = Vec::with_capacity(ready.len());
             for item in ready {
                 if confirmed.remove(&item.record.seq) {
                     continue;
                 }
                 match item.body {
-                    Ok((body, content_type)) => deliveries.push(self.delivery(&item.record, item.node.as_ref(), body, content_type)),
+                    Ok((body, content_type)) => deliveries.push(self.delivery(
+                        &item.record,
+                        item.node.as_ref(),
+                        body,
+                        content_type,
+                    )),
                     Err(unusable) => {
                         let seq = item.record.seq;
                         self.bury(&item.record, &unusable, item.kept).await?;
@@ -128,7 +136,9 @@ impl Outbound {
     async fn owed(&self) -> Result<(u64, BTreeSet<u64>), Halt> {
         let output = self.output.name.as_str().into();
         match self.handle.query(Query::Outbox { output }).await? {
-            Answer::Outbox { cursor, confirmed, .. } => Ok((cursor, confirmed.into_iter().collect())),
+            Answer::Outbox {
+                cursor, confirmed, ..
+            } => Ok((cursor, confirmed.into_iter().collect())),
             // Nothing was ever owed.
             _ => Ok((0, BTreeSet::new())),
         }
@@ -146,10 +156,18 @@ impl Outbound {
             for record in reader.outbox(id, from, BATCH)? {
                 let found = value::find(reader, record.node, codec, limit)?;
                 let found = match found {
-                    Some(found) => Ready { record, body: found.body, kept: found.kept, node: Some(found.record) },
+                    Some(found) => Ready {
+                        record,
+                        body: found.body,
+                        kept: found.kept,
+                        node: Some(found.record),
+                    },
                     None => Ready {
                         record,
-                        body: Err(Unusable { code: "VALUE_GONE", reason: format!("node {} is not in the store", record.node) }),
+                        body: Err(Unusable {
+                            code: "VALUE_GONE",
+                            reason: format!("node {} is not in the store", record.node),
+                        }),
                         kept: None,
                         node: None,
                     },
@@ -162,17 +180,38 @@ impl Outbound {
             }
             Ok(ready)
         };
-        self.handle.read(read).await.map_err(|e| Halt::Bridge(unreadable(&e)))
+        self.handle
+            .read(read)
+            .await
+            .map_err(|e| Halt::Bridge(unreadable(&e)))
     }
 
     fn message_id(&self, record: &OutboxRecord) -> String {
-        let run = RunId { seq: record.node.run, salt: record.salt };
-        format!("{run}/{}/{}/{}", record.node.node.0, record.round, self.output.name)
+        let run = RunId {
+            seq: record.node.run,
+            salt: record.salt,
+        };
+        format!(
+            "{run}/{}/{}/{}",
+            record.node.node.0, record.round, self.output.name
+        )
     }
 
-    fn delivery(&self, record: &OutboxRecord, node: Option<&NodeRecord>, body: Bytes, content_type: &'static str) -> Delivery {
-        let run = RunId { seq: record.node.run, salt: record.salt };
-        let mut headers = vec![("run".to_owned(), run.to_string()), ("node".to_owned(), record.node.node.0.to_string())];
+    fn delivery(
+        &self,
+        record: &OutboxRecord,
+        node: Option<&NodeRecord>,
+        body: Bytes,
+        content_type: &'static str,
+    ) -> Delivery {
+        let run = RunId {
+            seq: record.node.run,
+            salt: record.salt,
+        };
+        let mut headers = vec![
+            ("run".to_owned(), run.to_string()),
+            ("node".to_owned(), record.node.node.0.to_string()),
+        ];
         if let Some(spec) = node.and_then(|node| self.handle.spec(node.spec)) {
             headers.push(("action".to_owned(), spec.action.to_string()));
         }
@@ -191,7 +230,11 @@ impl Outbound {
         let mut seqs = Vec::with_capacity(confirmations.len());
         for confirmation in confirmations {
             if let Some(unusable) = confirmation.refused
-                && let Some(item) = self.read(confirmation.seq).await?.into_iter().find(|item| item.record.seq == confirmation.seq)
+                && let Some(item) = self
+                    .read(confirmation.seq)
+                    .await?
+                    .into_iter()
+                    .find(|item| item.record.seq == confirmation.seq)
             {
                 self.bury(&item.record, &unusable, item.kept).await?;
             }
@@ -206,7 +249,10 @@ impl Outbound {
         }
         let n = seqs.len() as u64;
         let output = self.output.name.as_str().into();
-        let reply = self.handle.control(Command::ConfirmOutbox { output, seqs }).await?;
+        let reply = self
+            .handle
+            .control(Command::ConfirmOutbox { output, seqs })
+            .await?;
         if let Reply::Done(results) = reply
             && let Some(Err(no)) = results.into_iter().next()
         {
@@ -217,9 +263,17 @@ impl Outbound {
     }
 
     /// A delivery that can never leave. Its message id is the key, so that a crash in between does not make two letters of it.
-    async fn bury(&self, record: &OutboxRecord, unusable: &Unusable, kept: Option<Payload>) -> Result<(), Halt> {
+    async fn bury(
+        &self,
+        record: &OutboxRecord,
+        unusable: &Unusable,
+        kept: Option<Payload>,
+    ) -> Result<(), Halt> {
         let id = self.message_id(record);
-        let nothing = || Payload { codec: Codec::Raw, body: Body::Inline(Bytes::new()) };
+        let nothing = || Payload {
+            codec: Codec::Raw,
+            body: Body::Inline(Bytes::new()),
+        };
         let letter = DeadLetter {
             origin: Origin {
                 route: self.output.name.as_str().into(),
@@ -229,7 +283,14 @@ impl Outbound {
             reason: unusable.reason.as_str().into(),
             attempts: 1,
             coordinates: [
-                ("run".to_owned(), RunId { seq: record.node.run, salt: record.salt }.to_string()),
+                (
+                    "run".to_owned(),
+                    RunId {
+                        seq: record.node.run,
+                        salt: record.salt,
+                    }
+                    .to_string(),
+                ),
                 ("node".to_owned(), record.node.node.0.to_string()),
                 ("round".to_owned(), record.round.to_string()),
                 ("message_id".to_owned(), id),
@@ -238,7 +299,10 @@ impl Outbound {
             body: kept.unwrap_or_else(nothing),
         };
         loop {
-            let reply = self.handle.intake(Command::DeadLetter(vec![letter.clone()])).await?;
+            let reply = self
+                .handle
+                .intake(Command::DeadLetter(vec![letter.clone()]))
+                .await?;
             let refused = match reply {
                 Reply::Done(results) => results.into_iter().find_map(Result::err),
                 _ => None,
@@ -256,7 +320,11 @@ impl Outbound {
                     }
                 }
                 Some(no) => {
-                    return Err(BridgeError::Parked { code: no.code.as_str(), reason: format!("a dead letter was refused: {}", no.message) }.into());
+                    return Err(BridgeError::Parked {
+                        code: no.code.as_str(),
+                        reason: format!("a dead letter was refused: {}", no.message),
+                    }
+                    .into());
                 }
             }
         }
@@ -265,7 +333,10 @@ impl Outbound {
 
 fn unreadable(error: &StorageError) -> BridgeError {
     match error {
-        StorageError::Corrupt { .. } => BridgeError::Parked { code: "STORE_CORRUPT", reason: error.to_string() },
+        StorageError::Corrupt { .. } => BridgeError::Parked {
+            code: "STORE_CORRUPT",
+            reason: error.to_string(),
+        },
         other => BridgeError::Retry(other.to_string()),
     }
 }

@@ -37,23 +37,55 @@ pub(super) fn find(
     let Some(record) = reader.node(node)? else {
         return Ok(None);
     };
-    let mut maker = Maker { reader, run: node.run, codec, limit, out: Vec::new(), content_type: "application/json" };
+    let mut maker = Maker {
+        reader,
+        run: node.run,
+        codec,
+        limit,
+        out: Vec::new(),
+        content_type: "application/json",
+    };
     let (failed, outcome) = match settle(reader, node)? {
         Ok(found) => found,
-        Err(unusable) => return Ok(Some(Found { record, body: Err(unusable), kept: None })),
+        Err(unusable) => {
+            return Ok(Some(Found {
+                record,
+                body: Err(unusable),
+                kept: None,
+            }));
+        }
     };
     let Some(outcome) = outcome else {
-        let body = if failed { Ok((CANCELLED, "application/json")) } else { Err(gone(node)) };
-        return Ok(Some(Found { record, body, kept: None }));
+        let body = if failed {
+            Ok((CANCELLED, "application/json"))
+        } else {
+            Err(gone(node))
+        };
+        return Ok(Some(Found {
+            record,
+            body,
+            kept: None,
+        }));
     };
     let kept = matches!(outcome.payload.body, Body::Inline(_)).then(|| outcome.payload.clone());
-    let made = if outcome.is_error { maker.error(&outcome)? } else { maker.value(&outcome, 0)? };
-    let body = made.map(|()| (Bytes::from(std::mem::take(&mut maker.out)), maker.content_type));
+    let made = if outcome.is_error {
+        maker.error(&outcome)?
+    } else {
+        maker.value(&outcome, 0)?
+    };
+    let body = made.map(|()| {
+        (
+            Bytes::from(std::mem::take(&mut maker.out)),
+            maker.content_type,
+        )
+    });
     Ok(Some(Found { record, body, kept }))
 }
 
 /// Of a node that failed because something it needed was cancelled.
-const CANCELLED: Bytes = Bytes::from_static(br#"{"type":"dagorama.Cancelled","message":"the run was cancelled","traceback":""}"#);
+const CANCELLED: Bytes = Bytes::from_static(
+    br#"{"type":"dagorama.Cancelled","message":"the run was cancelled","traceback":""}"#,
+);
 
 type Made<T> = Result<Result<T, Unusable>, StorageError>;
 
@@ -76,11 +108,17 @@ fn settle(reader: &dyn Read, node: NodeKey) -> Made<(bool, Option<Outcome>)> {
         };
         at = NodeKey::new(at.run, next);
     }
-    Ok(Err(unusable("VALUE_TOO_DEEP", "the chain of tail calls does not end".to_owned())))
+    Ok(Err(unusable(
+        "VALUE_TOO_DEEP",
+        "the chain of tail calls does not end".to_owned(),
+    )))
 }
 
 fn gone(node: NodeKey) -> Unusable {
-    unusable("VALUE_GONE", format!("node {node} has no value in the store"))
+    unusable(
+        "VALUE_GONE",
+        format!("node {node} has no value in the store"),
+    )
 }
 
 fn unusable(code: &'static str, reason: String) -> Unusable {
@@ -102,7 +140,10 @@ impl Maker<'_> {
         if length > self.limit {
             return Ok(Err(unusable(
                 "PAYLOAD_TOO_LARGE",
-                format!("the value has {length} bytes or more, over max_payload ({})", self.limit),
+                format!(
+                    "the value has {length} bytes or more, over max_payload ({})",
+                    self.limit
+                ),
             )));
         }
         Ok(Ok(match &payload.body {
@@ -113,7 +154,10 @@ impl Maker<'_> {
 
     fn value(&mut self, outcome: &Outcome, depth: u32) -> Made<()> {
         let codec = outcome.payload.codec;
-        let raw = codec == Codec::Raw && self.codec == OutputCodec::Raw && depth == 0 && outcome.references.is_empty();
+        let raw = codec == Codec::Raw
+            && self.codec == OutputCodec::Raw
+            && depth == 0
+            && outcome.references.is_empty();
         if codec != Codec::Json && !raw {
             let name = match codec {
                 Codec::Json => "JSON",
@@ -123,7 +167,9 @@ impl Maker<'_> {
             };
             return Ok(Err(unusable(
                 "CODEC_REFUSED",
-                format!("the value is {name}, and this output takes JSON: return what JSON can hold without loss"),
+                format!(
+                    "the value is {name}, and this output takes JSON: return what JSON can hold without loss"
+                ),
             )));
         }
         let bytes = match self.bytes(&outcome.payload)? {
@@ -135,7 +181,12 @@ impl Maker<'_> {
             self.out.extend_from_slice(&bytes);
             return Ok(Ok(()));
         }
-        let no_json = |why: String| unusable("BODY_NOT_JSON", format!("the value is marked as JSON and is none: {why}"));
+        let no_json = |why: String| {
+            unusable(
+                "BODY_NOT_JSON",
+                format!("the value is marked as JSON and is none: {why}"),
+            )
+        };
         let text = match std::str::from_utf8(&bytes) {
             Ok(text) => text,
             Err(e) => return Ok(Err(no_json(e.to_string()))),
@@ -148,7 +199,10 @@ impl Maker<'_> {
             return Ok(Ok(()));
         }
         if depth >= MAX_DEPTH {
-            return Ok(Err(unusable("VALUE_TOO_DEEP", format!("structures of promises are nested more than {MAX_DEPTH} deep"))));
+            return Ok(Err(unusable(
+                "VALUE_TOO_DEEP",
+                format!("structures of promises are nested more than {MAX_DEPTH} deep"),
+            )));
         }
         self.filled(text, &outcome.references, depth)
     }
@@ -162,7 +216,10 @@ impl Maker<'_> {
             let Some(node) = nth(references, found.number) else {
                 return Ok(Err(unusable(
                     "VALUE_GONE",
-                    format!("the value refers to its promise {}, which it does not have", found.number),
+                    format!(
+                        "the value refers to its promise {}, which it does not have",
+                        found.number
+                    ),
                 )));
             };
             let node = NodeKey::new(self.run, node);
@@ -193,7 +250,10 @@ impl Maker<'_> {
                 self.out.extend_from_slice(error.to_string().as_bytes());
                 Ok(Ok(()))
             }
-            Err(e) => Ok(Err(unusable("BODY_NOT_JSON", format!("the error of the node is no JSON: {e}")))),
+            Err(e) => Ok(Err(unusable(
+                "BODY_NOT_JSON",
+                format!("the error of the node is no JSON: {e}"),
+            ))),
         }
     }
 }
@@ -213,7 +273,11 @@ fn next_reference(text: &str) -> Option<Reference> {
             b'"' => at = string_end(bytes, at),
             b'{' => {
                 if let Some((end, number)) = reference_at(&text[at..]) {
-                    return Some(Reference { start: at, end: at + end, number });
+                    return Some(Reference {
+                        start: at,
+                        end: at + end,
+                        number,
+                    });
                 }
                 at += 1;
             }
@@ -272,7 +336,10 @@ mod tests {
         for (text, wanted) in [
             ("{\"$dagorama\": 3}", Some((0, 16, 3))),
             ("[1, { \"$dagorama\" :0 } ]", Some((4, 22, 0))),
-            ("[\"{\\\"$dagorama\\\": 3}\", {\"$dagorama\":12}]", Some((23, 39, 12))),
+            (
+                "[\"{\\\"$dagorama\\\": 3}\", {\"$dagorama\":12}]",
+                Some((23, 39, 12)),
+            ),
             ("[\"\\\\\", {\"$dagorama\":1}]", Some((7, 22, 1))),
             ("\"{\\\"$dagorama\\\": 3}\"", None),
             ("{\"a\": {\"b\": 1}}", None),
@@ -289,7 +356,11 @@ mod tests {
 
     #[test]
     fn numbers_count_through_ranges() {
-        let range = |first, count| InputRange { first: NodeIndex(first), count, mode: InputUse::Value };
+        let range = |first, count| InputRange {
+            first: NodeIndex(first),
+            count,
+            mode: InputUse::Value,
+        };
         let ranges = [range(5, 2), range(1, 1)];
         let found: Vec<_> = (0..4).map(|n| nth(&ranges, n).map(|n| n.0)).collect();
         assert_eq!(found, [Some(5), Some(6), Some(1), None]);
