@@ -186,7 +186,7 @@ async fn play(options: &Demo, directory: &Path) -> io::Result<Value> {
     bars.finish();
     for worker in &mut workers {
         if let Some(pid) = worker.id() {
-            drop(kill(Pid::from_raw(i32::try_from(pid).unwrap_or(0)), Signal::SIGTERM));
+            kill(Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?), Signal::SIGTERM)?;
         }
     }
     for worker in &mut workers {
