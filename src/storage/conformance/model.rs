@@ -22,6 +22,7 @@ pub(super) struct Model {
     pub(super) outbox: BTreeMap<(NameId, u64), OutboxRecord>,
     pub(super) cursors: BTreeMap<NameId, (u64, Vec<u64>)>,
     pub(super) letters: BTreeMap<(NameId, u64), DeadLetterRecord>,
+    pub(super) last_letters: BTreeMap<NameId, u64>,
     pub(super) stored: BTreeMap<PayloadRef, Bytes>,
     pub(super) latest: Timestamp,
 }
@@ -84,6 +85,7 @@ impl Model {
         assert_eq!(self.outbox, found.outbox, "turn {turn}");
         assert_eq!(self.cursors, found.cursors, "turn {turn}");
         assert_eq!(self.letters, found.letters, "turn {turn}");
+        assert_eq!(self.last_letters, found.last_letters, "turn {turn}");
         for (run, known) in &self.runs {
             if known.record.ended.is_none() {
                 let found = found.runs.get(run);
@@ -250,9 +252,15 @@ impl Model {
                 self.cursors.insert(output, (cursor, beyond));
             }
             Fact::DeadLetter { route, seq, letter } => {
+                let last = self.last_letters.entry(route).or_default();
+                *last = seq.max(*last);
                 self.letters.insert((route, seq), *letter);
             }
-            Fact::DeadLetterRemoved { route, seq } => drop(self.letters.remove(&(route, seq))),
+            Fact::DeadLetterRemoved { route, seq } => {
+                let last = self.last_letters.entry(route).or_default();
+                *last = seq.max(*last);
+                self.letters.remove(&(route, seq));
+            }
             Fact::RunDeleted { run } => drop(self.runs.remove(&run)),
         }
     }

@@ -298,6 +298,13 @@ pub fn cursor_record(bytes: &Bytes) -> Result<(u64, Vec<u64>), DecodeError> {
     whole(&reader, confirmed)
 }
 
+/// Reads the parts of `DeadLetter` with number 0: the number that was given last.
+pub fn last_letter_record(bytes: &Bytes) -> Result<u64, DecodeError> {
+    let mut reader = Reader::new(bytes);
+    let last = reader.varint()?;
+    whole(&reader, last)
+}
+
 /// Reads the parts of `DeadLetter`.
 pub fn letter_record(bytes: &Bytes) -> Result<DeadLetterRecord, DecodeError> {
     let mut reader = Reader::new(bytes);
