@@ -352,7 +352,7 @@ impl Ahead {
 
 impl Reader {
     /// Rows of sled from `from` on and before `to`, and how far they are known. Call after the overlay was asked.
-    fn from_state(
+    fn ask_state(
         &self,
         table: Table,
         from: Place,
@@ -432,7 +432,7 @@ impl Rows for Reader {
                 Some((last, _)) if patch.truncated => next_place(*last).unwrap_or(to),
                 _ => to,
             };
-            let (found, end) = self.from_state(table, from, known_to, chunk)?;
+            let (found, end) = self.ask_state(table, from, known_to, chunk)?;
             for (place, value) in overlaid(patch, found, |place| place < end, |a, b| a < b) {
                 if left == 0 {
                     return Ok(());

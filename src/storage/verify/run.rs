@@ -20,7 +20,7 @@ use crate::storage::{EventRecord, StorageError};
 
 /// What the rows of a run say.
 struct Run {
-    run: u64,
+    seq: u64,
     record: RunRecord,
     nodes: Vec<NodeRow>,
     inputs: Vec<Vec<InputRange>>,
@@ -180,7 +180,7 @@ fn load(
     })?;
     findings.checked(I17, (n_arguments + outcomes.len()) as u64);
     Ok(Run {
-        run,
+        seq: run,
         record,
         nodes,
         inputs,
@@ -192,7 +192,7 @@ fn load(
 /// I9, I7: ends, parents and specs exist, and inputs come before those who wait for them, so there is no cycle.
 fn check_edges(run: &Run, known: &Known, findings: &mut Findings) {
     let n = run.nodes.len() as u64;
-    let id = run.run;
+    let id = run.seq;
     for (node, row) in (0_u64..).zip(&run.nodes) {
         let record = &row.record;
         let before = run.inputs[node as usize]
@@ -212,10 +212,15 @@ fn check_edges(run: &Run, known: &Known, findings: &mut Findings) {
         if record.cause.is_some_and(|cause| u64::from(cause.0) >= n) {
             findings.violation(I9, || format!("the cause of node {id:x}/{node} is missing"));
         }
-        if let BodyEnd::Tail(next) = record.body
-            && (u64::from(next.0) >= n || u64::from(next.0) <= node)
-        {
-            findings.violation(I9, || format!("node {id:x}/{node} goes on in {}", next.0));
+        if let BodyEnd::Tail(next) = record.body {
+            // Onwards to a later node, or back to one that has its value: no chain comes back to itself.
+            let target = run.nodes.get(next.0 as usize);
+            let ends = target.is_some_and(|target| {
+                u64::from(next.0) > node || target.record.progress == Progress::Succeeded
+            });
+            findings.check(I9, ends && u64::from(next.0) != node, || {
+                format!("node {id:x}/{node} goes on in {}", next.0)
+            });
         }
         findings.check(I7, known.specs.contains(&u64::from(record.spec.0)), || {
             format!("spec {} of node {id:x}/{node} is missing", record.spec.0)
@@ -240,7 +245,7 @@ fn check_edges(run: &Run, known: &Known, findings: &mut Findings) {
 
 /// Plays the history: I2, I3, I4, I8, I11.
 fn play(rows: &dyn Rows, run: &Run, findings: &mut Findings) -> Result<Vec<Told>, StorageError> {
-    let (from, to) = span(run.run);
+    let (from, to) = span(run.seq);
     let mut told = vec![Told::default(); run.nodes.len()];
     let mut last = 0_u64;
     let mut events = 0_u64;
@@ -248,7 +253,7 @@ fn play(rows: &dyn Rows, run: &Run, findings: &mut Findings) -> Result<Vec<Told>
         findings.check(I11, key.minor == last + 1, || {
             format!(
                 "event {} of run {:x} follows event {last}",
-                key.minor, run.run
+                key.minor, run.seq
             )
         });
         rows_in::event_row(key, &value, &mut |event| {
@@ -266,7 +271,7 @@ fn play(rows: &dyn Rows, run: &Run, findings: &mut Findings) -> Result<Vec<Told>
         findings.check(I11, last == run.record.n_events, || {
             format!(
                 "run {:x} has {last} events, its header says {}",
-                run.run, run.record.n_events
+                run.seq, run.record.n_events
             )
         });
     }
@@ -278,7 +283,7 @@ fn is_terminal(state: &str) -> bool {
 }
 
 fn play_event(run: &Run, told: &mut [Told], event: &EventRecord, findings: &mut Findings) {
-    let id = run.run;
+    let id = run.seq;
     let node = event.node.0;
     let Some(before) = told.get(node as usize).copied() else {
         findings.violation(I11, || {
@@ -356,7 +361,7 @@ fn agrees(record: &NodeRecord, told: &Told) -> bool {
 
 /// Where the history ends, the records stand: I2 to I6, I19.
 fn check_nodes(run: &Run, told: &[Told], findings: &mut Findings) {
-    let id = run.run;
+    let id = run.seq;
     for ((node, row), told) in (0_u32..).zip(&run.nodes).zip(told) {
         let record = &row.record;
         findings.check(I4, agrees(record, told), || {
@@ -434,7 +439,7 @@ fn unsatisfied(run: &Run, round: u32, range: &InputRange) -> u64 {
 
 /// I10: the run has ended iff its nodes have, and says how.
 fn check_end(run: &Run, findings: &mut Findings) {
-    let id = run.run;
+    let id = run.seq;
     let record = &run.record;
     let is_ended = |progress: Progress| {
         matches!(

@@ -42,7 +42,7 @@ pub(super) fn check(
     next_run: u64,
     references: &mut References<'_>,
     findings: &mut Findings,
-) -> Result<Known, StorageError> {
+) -> Known {
     let (from, to) = EVERYTHING;
     let mut known = Known::default();
     let found = each_parted(rows, Table::Spec, from, to, &mut |key, whole| {
@@ -133,11 +133,11 @@ pub(super) fn check(
         Ok(true)
     });
     told(found, Table::DeadLetter, findings);
-    Ok(known)
+    known
 }
 
 /// Checks what is owed: once, of a node that is there and has settled, and without a hole behind the cursor.
-pub(super) fn check_outboxes(rows: &dyn Rows, findings: &mut Findings) -> Result<(), StorageError> {
+pub(super) fn check_outboxes(rows: &dyn Rows, findings: &mut Findings) {
     let (from, to) = EVERYTHING;
     let mut confirmed: BTreeMap<u64, (u64, Vec<u64>)> = BTreeMap::new();
     let found = each_parted(rows, Table::OutboxCursor, from, to, &mut |key, whole| {
@@ -204,7 +204,6 @@ pub(super) fn check_outboxes(rows: &dyn Rows, findings: &mut Findings) -> Result
             )
         });
     }
-    Ok(())
 }
 
 fn is_terminal(progress: Progress) -> bool {
@@ -281,7 +280,7 @@ impl<'a> References<'a> {
         known: &Known,
         headers: &[Header],
         findings: &mut Findings,
-    ) -> Result<(), StorageError> {
+    ) {
         let (from, to) = EVERYTHING;
         let mut stated: BTreeMap<(u32, u64), u64> = BTreeMap::new();
         let found = each_row(rows, Table::Payload, from, to, &mut |key, value| {
@@ -329,7 +328,6 @@ impl<'a> References<'a> {
                 findings.totals.orphan_segments += u64::from(orphan);
             }
         }
-        Ok(())
     }
 }
 

@@ -8,11 +8,10 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::*;
 use crate::broker::outcome::{CreatedNode, DeadLetterRecord, Fact};
-use crate::broker::types::NameId;
 use crate::broker::types::{
-    Attempt, Body, BodyEnd, Codec, InputRange, InputUse, KeyHash, NodeIndex, NodeKey, NodeRecord,
-    Note, Payload, PayloadRef, Progress, Retry, RunId, RunRecord, RunSeq, RunState, SessionId,
-    Spec, SpecId, Timestamp, WallTime,
+    Attempt, Body, BodyEnd, Codec, InputRange, InputUse, KeyHash, NameId, NodeIndex, NodeKey,
+    NodeRecord, Note, Payload, PayloadRef, Progress, Retry, RunId, RunRecord, RunSeq, RunState,
+    SessionId, Spec, SpecId, Timestamp, WallTime,
 };
 use crate::storage::durable::{Durable, DurableOptions};
 use crate::storage::sled::Sled;
@@ -314,7 +313,7 @@ fn a_sound_store_is_sound_and_stays_as_it_is() {
         assert_eq!((totals.open_runs, totals.ended_runs), (1, 1));
         assert_eq!((totals.nodes, totals.inputs, totals.events), (6, 4, 15));
         assert_eq!((totals.payloads, totals.payload_bytes), (1, 10_000));
-        assert_eq!(totals.log_entries, if flush { 0 } else { 1 });
+        assert_eq!(totals.log_entries, u64::from(!flush));
         assert_eq!(report.sequence, 2);
         for invariant in &report.invariants {
             assert!(invariant.has_data, "the story speaks of {}", invariant.id);
@@ -393,10 +392,10 @@ fn a_broken_story_is_told_by_its_invariant() {
         }),
         ("I10", |facts| header(facts, 1, |record| record.n_nodes = 4)),
         ("I11", |facts| {
-            facts.push(became(2, 0, 6, Progress::Backoff, 1))
+            facts.push(became(2, 0, 6, Progress::Backoff, 1));
         }),
         ("I11", |facts| {
-            header(facts, 1, |record| record.n_events = 12)
+            header(facts, 1, |record| record.n_events = 12);
         }),
         ("I12", |facts| {
             facts.push(Fact::Outbox {
@@ -433,7 +432,7 @@ fn a_broken_story_is_told_by_its_invariant() {
             facts.retain(|f| !matches!(f, Fact::Outcome { node, .. } if node.node.0 == 2));
         }),
         ("I19", |facts| {
-            facts.push(became(9, 0, 1, Progress::Open, 0))
+            facts.push(became(9, 0, 1, Progress::Open, 0));
         }),
     ];
     for (number, (id, edit)) in cases.into_iter().enumerate() {
@@ -467,8 +466,8 @@ fn damaged_payloads_are_named() {
 #[test]
 fn damaged_pages_are_named() {
     let stage = Stage::tell(|_| {}, true);
-    let state = stage.path().join("state");
-    let sled = Sled::open(&state, 1 << 20).expect("open");
+    let dir = stage.path().join("state");
+    let sled = Sled::open(&dir, 1 << 20).expect("open");
     let pages: Vec<_> = sled
         .tree
         .iter()
@@ -479,7 +478,7 @@ fn damaged_pages_are_named() {
     assert!(pages.len() >= 12, "{}", pages.len());
     for (key, page) in pages {
         for damage in [0, 1] {
-            let sled = Sled::open(&state, 1 << 20).expect("open");
+            let sled = Sled::open(&dir, 1 << 20).expect("open");
             if damage == 0 {
                 sled.tree.remove(&key).expect("remove");
             } else {
@@ -493,7 +492,7 @@ fn damaged_pages_are_named() {
             let report = stage.verify();
             let broken = report.invariant("I17").map_or(0, |i| i.violations);
             assert!(broken > 0, "page {key:?}: {report:#?}");
-            let sled = Sled::open(&state, 1 << 20).expect("open");
+            let sled = Sled::open(&dir, 1 << 20).expect("open");
             sled.tree.insert(&key, page.clone()).expect("insert");
             sled.sync().expect("sync");
         }
