@@ -27,6 +27,7 @@ pub mod sled;
 mod state;
 pub mod state_thread;
 pub mod sync_shim;
+pub mod verify;
 mod window;
 
 use bytes::Bytes;

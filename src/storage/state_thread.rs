@@ -6,6 +6,7 @@
 //! Knows neither facts nor the log. Invariants: `synced` never names an entry that a power cut could take out of sled; after
 //! an error of a write nothing is written any more (G17); with nothing to do the thread sleeps.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
@@ -39,6 +40,10 @@ const IDLE: Duration = Duration::from_secs(30);
 /// When idle, sled is reopened if it has written this much since its last open.
 const IDLE_REOPEN_BYTES: u64 = 128 << 20;
 
+/// After so many scans that each begin a little behind the one before, more than asked for is read.
+const SEQUENCE: u32 = 3;
+/// "A little": so many runs, some of which are not of interest.
+const NEXT_MAJORS: u64 = 4_096;
 /// One call of sled may take so long, on a disk whose syncs take seconds.
 const STUCK_MS: u64 = 120_000;
 /// Who waits for an answer looks now and then whether one can still come.
@@ -83,7 +88,7 @@ enum Request {
         from: Place,
         to: Place,
         limit: usize,
-        answer: Answer<Found>,
+        answer: Answer<(Found, u64)>,
     },
     ScanBack {
         table: Table,
@@ -108,6 +113,8 @@ struct Shared {
     abandoned: AtomicBool,
     /// Since when the thread has been inside of sled; 0 when it is not.
     busy_since_ms: AtomicU64,
+    /// Grows whenever what sled holds is about to change.
+    version: AtomicU64,
 }
 
 impl Shared {
@@ -220,6 +227,7 @@ impl StateThread {
         Arc::new(Reader {
             shared: Arc::clone(&self.shared),
             requests: self.requests.clone(),
+            ahead: Mutex::default(),
         })
     }
 
@@ -316,6 +324,84 @@ fn busy<T>(shared: &Shared, call: impl FnOnce() -> T) -> T {
 struct Reader {
     shared: Arc<Shared>,
     requests: Sender<Request>,
+    ahead: Mutex<BTreeMap<Table, Ahead>>,
+}
+
+/// What a reader that goes from run to run will want next: a start asks for millions of small stretches, one after another.
+#[derive(Debug, Default)]
+struct Ahead {
+    /// Where the last scan began, and how many in a row began a little behind the one before.
+    last: u64,
+    streak: u32,
+    /// The state that the rows are of: it is the present one as long as nothing was applied since.
+    version: u64,
+    from: Place,
+    end: Place,
+    rows: Vec<(Place, Bytes)>,
+}
+
+impl Ahead {
+    /// Notes a scan; whether scans come in sequence.
+    fn is_sequence(&mut self, major: u64) -> bool {
+        let is_next = major > self.last && major - self.last <= NEXT_MAJORS;
+        self.streak = if is_next { self.streak + 1 } else { 0 };
+        self.last = major;
+        self.streak >= SEQUENCE
+    }
+
+    fn rows(&self, from: Place, to: Place) -> Vec<(Place, Bytes)> {
+        let first = self.rows.partition_point(|(place, _)| *place < from);
+        let end = self.rows.partition_point(|(place, _)| *place < to);
+        self.rows[first..end.max(first)].to_vec()
+    }
+}
+
+impl Reader {
+    /// Rows of sled from `from` on and before `to`, and how far they are known. Call after the overlay was asked.
+    fn ask_state(
+        &self,
+        table: Table,
+        from: Place,
+        to: Place,
+        limit: usize,
+    ) -> Result<(Vec<(Place, Bytes)>, Place), StorageError> {
+        let lock = || self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        let scan = |to, limit| {
+            ask(&self.shared, &self.requests, |answer| Request::Scan {
+                table,
+                from,
+                to,
+                limit,
+                answer,
+            })
+        };
+        let mut all = lock();
+        let ahead = all.entry(table).or_default();
+        let is_present = ahead.version == self.shared.version.load(Ordering::SeqCst);
+        if is_present && ahead.from <= from && from < ahead.end {
+            ahead.last = from.0;
+            let end = to.min(ahead.end);
+            return Ok((ahead.rows(from, end), end));
+        }
+        let is_sequence = ahead.is_sequence(from.0);
+        drop(all);
+        if is_sequence {
+            let beyond = to.max((u64::MAX, 0));
+            // Damage behind the stretch is for whoever asks for it.
+            if let Ok((found, version)) = scan(beyond, CHUNK_ROWS) {
+                let mut all = lock();
+                let ahead = all.entry(table).or_default();
+                ahead.version = version;
+                ahead.from = from;
+                ahead.end = found.next.unwrap_or(beyond);
+                ahead.rows = found.rows;
+                let end = to.min(ahead.end);
+                return Ok((ahead.rows(from, end), end));
+            }
+        }
+        let (found, _) = scan(to, limit)?;
+        Ok((found.rows, found.next.unwrap_or(to)))
+    }
 }
 
 impl Rows for Reader {
@@ -352,15 +438,8 @@ impl Rows for Reader {
                 Some((last, _)) if patch.truncated => next_place(*last).unwrap_or(to),
                 _ => to,
             };
-            let found = ask(&self.shared, &self.requests, |answer| Request::Scan {
-                table,
-                from,
-                to: known_to,
-                limit: chunk,
-                answer,
-            })?;
-            let end = found.next.unwrap_or(known_to);
-            for (place, value) in overlaid(patch, found.rows, |place| place < end, |a, b| a < b) {
+            let (found, end) = self.ask_state(table, from, known_to, chunk)?;
+            for (place, value) in overlaid(patch, found, |place| place < end, |a, b| a < b) {
                 if left == 0 {
                     return Ok(());
                 }
@@ -550,7 +629,9 @@ impl Worker {
                 limit,
                 answer,
             } => {
-                let _ = answer.send(self.read(|state| state.scan(table, from, to, limit)));
+                let version = self.shared.version.load(Ordering::SeqCst);
+                let found = self.read(|state| state.scan(table, from, to, limit));
+                let _ = answer.send(found.map(|found| (found, version)));
             }
             Request::ScanBack {
                 table,
@@ -658,6 +739,8 @@ impl Worker {
         generation: &Generation,
         window: &mut Window,
     ) -> Result<bool, StorageError> {
+        // Before anything changes, so that nobody takes older rows for the present ones.
+        self.shared.version.fetch_add(1, Ordering::SeqCst);
         match self.state.as_mut() {
             Some(state) => busy(&self.shared, || {
                 state.apply_slice(generation, window, self.options.slice_pages)

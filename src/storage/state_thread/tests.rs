@@ -105,6 +105,25 @@ fn apply(model: &mut Model, batch: &RowBatch) {
     }
 }
 
+/// From run to run, as a start reads.
+fn check_in_sequence(rows: &dyn Rows, model: &Model, table: Table) {
+    for run in 0..80_u64 {
+        let mut got = Vec::new();
+        rows.scan(table, (run, 0), (run, u64::MAX), 100, &mut |key, value| {
+            got.push((key.minor, value));
+            true
+        })
+        .expect("scan");
+        let byte = table as u8;
+        let wanted: Vec<(u64, Bytes)> = model
+            .range((byte, (run, 0))..(byte, (run, u64::MAX)))
+            .map(|((_, place), value)| (place.1, value.clone()))
+            .take(100)
+            .collect();
+        assert_eq!(got, wanted, "{table:?} of run {run}");
+    }
+}
+
 /// A turn: runs that begin, grow, change, end and are deleted, and rows of tables without runs.
 fn turn(
     seed: &mut u64,
@@ -309,6 +328,10 @@ fn what_is_pushed_is_read_before_between_and_after_windows_and_kills() {
                     }
                 }
                 _ => {}
+            }
+            if step % 9 == 0 {
+                check_in_sequence(&*thread.rows(), &model, Table::Node);
+                check_in_sequence(&*thread.rows(), &model, Table::Inputs);
             }
             if step % 5 == 0 {
                 check(&*thread.rows(), &model, &mut seed, false);

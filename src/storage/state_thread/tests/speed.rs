@@ -133,6 +133,25 @@ fn speed_of_windows_is_printed() {
     }
     let took = crate::storage::sync_shim::boot_clock_ms() - start;
     println!("{} us a cold read", took * 1_000 / 10_000);
+    let rows = thread.rows();
+    let start = crate::storage::sync_shim::boot_clock_ms();
+    let mut n = 0;
+    for run in 1_000..1_000 + singles {
+        rows.scan(
+            Table::Node,
+            (run, 0),
+            (run, u64::MAX),
+            4_096,
+            &mut |_, _| {
+                n += 1;
+                true
+            },
+        )
+        .expect("scan");
+    }
+    let took = crate::storage::sync_shim::boot_clock_ms() - start;
+    assert_eq!(n, singles);
+    println!("{} ns a scan in sequence", took * 1_000_000 / singles);
     thread.close().expect("close");
 }
 

@@ -1,0 +1,486 @@
+//! One run: its header, nodes, inputs, outcomes and history, and whether they tell the same story.
+//!
+//! The history is played from its first event to its last, with the inputs of each node at hand; where it ends, the records
+//! must stand.
+
+use std::collections::BTreeMap;
+
+use super::pages::Header;
+use super::tables::{Known, References};
+use super::{Findings, I2, I3, I4, I5, I6, I7, I8, I9, I10, I11, I17, I18, I19};
+use crate::broker::types::{
+    BodyEnd, InputRange, InputUse, NodeRecord, Note, Progress, RunRecord, RunState,
+};
+use crate::storage::reader::{corrupt, each_row, whole_run};
+use crate::storage::records::rows_in::{self, NodeRow};
+use crate::storage::records::{HEADER_TAIL, REFERENCES};
+use crate::storage::row::{RowKey, Table};
+use crate::storage::rows::Rows;
+use crate::storage::{EventRecord, StorageError};
+
+/// What the rows of a run say.
+struct Run {
+    seq: u64,
+    record: RunRecord,
+    nodes: Vec<NodeRow>,
+    inputs: Vec<Vec<InputRange>>,
+    references: BTreeMap<u32, Vec<InputRange>>,
+    /// Nodes with an outcome, and whether that is an error.
+    outcomes: BTreeMap<u32, bool>,
+}
+
+/// What the history says of a node so far.
+#[derive(Debug, Clone, Copy, Default)]
+struct Told {
+    state: &'static str,
+    leases: u32,
+    last_event: u64,
+}
+
+/// Checks a run. An error: a row of it cannot be read or decoded.
+pub(super) fn check(
+    rows: &dyn Rows,
+    header: Header,
+    known: &Known,
+    references: &mut References<'_>,
+    findings: &mut Findings,
+) -> Result<(), StorageError> {
+    let table = if header.open {
+        Table::OpenRun
+    } else {
+        Table::EndedRun
+    };
+    let key = RowKey {
+        table,
+        major: header.run,
+        minor: 0,
+    };
+    let Some(value) = rows.get(key)? else {
+        return Ok(()); // told by the pages
+    };
+    let Some(record) = whole_run(rows, key, &value)? else {
+        return Ok(());
+    };
+    if header.open {
+        findings.totals.open_runs += 1;
+    } else {
+        findings.totals.ended_runs += 1;
+    }
+    findings.check(I18, record.ended.is_none() == header.open, || {
+        format!("run {:x} lies in the wrong table", header.run)
+    });
+    if let Some(key) = record.key {
+        // The key is kept for as long as the run is.
+        let at = known.keys.partition_point(|(hash, _)| *hash < key.0);
+        let owner = known.keys.get(at).filter(|(hash, _)| *hash == key.0);
+        findings.check(
+            I18,
+            owner.is_some_and(|(_, run)| *run == Some(header.run)),
+            || format!("the key of run {:x} is missing or another's", header.run),
+        );
+    }
+    let run = load(rows, header.run, record, references, findings)?;
+    findings.totals.nodes += run.nodes.len() as u64;
+    check_edges(&run, known, findings);
+    let told = play(rows, &run, findings)?;
+    check_nodes(&run, &told, findings);
+    check_end(&run, findings);
+    Ok(())
+}
+
+fn span(run: u64) -> ((u64, u64), (u64, u64)) {
+    ((run, 0), (run, u64::MAX))
+}
+
+fn load(
+    rows: &dyn Rows,
+    run: u64,
+    record: RunRecord,
+    references: &mut References<'_>,
+    findings: &mut Findings,
+) -> Result<Run, StorageError> {
+    let (from, to) = span(run);
+    let mut nodes: Vec<NodeRow> = Vec::new();
+    each_row(rows, Table::Node, from, to, &mut |key, value| {
+        let row = rows_in::node_row(key, &value).map_err(|e| corrupt(key, &e))?;
+        findings.check(I19, key.minor == nodes.len() as u64, || {
+            format!("node {run:x}/{} follows node {}", key.minor, nodes.len())
+        });
+        nodes.push(row);
+        Ok(true)
+    })?;
+    findings.checked(I17, nodes.len() as u64);
+
+    let mut parts: BTreeMap<u64, (usize, Vec<InputRange>)> = BTreeMap::new();
+    each_row(
+        rows,
+        Table::Inputs,
+        from,
+        (run, HEADER_TAIL),
+        &mut |key, value| {
+            let part = rows_in::ranges_row(&value).map_err(|e| corrupt(key, &e))?;
+            parts.insert(key.minor, part);
+            Ok(true)
+        },
+    )?;
+    findings.checked(I17, parts.len() as u64);
+    let mut collect = |node: u32, first: u64, expected: usize, findings: &mut Findings| {
+        let mut all: Vec<InputRange> = Vec::new();
+        let mut at = u64::from(node) << 32 | first;
+        while all.len() < expected {
+            match parts.remove(&at) {
+                Some((said, ranges)) if said == expected && !ranges.is_empty() => {
+                    all.extend(ranges);
+                }
+                _ => {
+                    findings.violation(I19, || {
+                        format!("node {run:x}/{node} has {} of {expected} ranges", all.len())
+                    });
+                    break;
+                }
+            }
+            at += 1;
+        }
+        all
+    };
+
+    let mut inputs = vec![Vec::new(); nodes.len()];
+    let mut n_arguments = 0_usize;
+    each_row(rows, Table::Arguments, from, to, &mut |key, value| {
+        let (payload, expected) = rows_in::arguments_row(&value).map_err(|e| corrupt(key, &e))?;
+        n_arguments += 1;
+        references.payload(&payload, run, findings);
+        let ranges = collect(key.minor as u32, 0, expected, findings);
+        match inputs.get_mut(key.minor as usize) {
+            Some(slot) => *slot = ranges,
+            None => findings.violation(I9, || {
+                format!("arguments of node {run:x}/{}, which is missing", key.minor)
+            }),
+        }
+        Ok(true)
+    })?;
+    findings.check(I19, n_arguments == nodes.len(), || {
+        format!(
+            "run {run:x} has {} nodes and {n_arguments} arguments",
+            nodes.len()
+        )
+    });
+    let mut outcomes = BTreeMap::new();
+    let mut referred = BTreeMap::new();
+    each_row(rows, Table::Outcome, from, to, &mut |key, value| {
+        let (is_error, payload, expected) =
+            rows_in::outcome_row(&value).map_err(|e| corrupt(key, &e))?;
+        references.payload(&payload, run, findings);
+        let node = key.minor as u32;
+        if expected > 0 {
+            referred.insert(node, collect(node, REFERENCES, expected, findings));
+        }
+        outcomes.insert(node, is_error);
+        Ok(true)
+    })?;
+    findings.checked(I17, (n_arguments + outcomes.len()) as u64);
+    Ok(Run {
+        seq: run,
+        record,
+        nodes,
+        inputs,
+        references: referred,
+        outcomes,
+    })
+}
+
+/// I9, I7: ends, parents and specs exist, and inputs come before those who wait for them, so there is no cycle.
+fn check_edges(run: &Run, known: &Known, findings: &mut Findings) {
+    let n = run.nodes.len() as u64;
+    let id = run.seq;
+    for (node, row) in (0_u64..).zip(&run.nodes) {
+        let record = &row.record;
+        let before = run.inputs[node as usize]
+            .iter()
+            .all(|r| r.count > 0 && u64::from(r.first.0) + u64::from(r.count) <= node);
+        findings.check(I9, before, || {
+            format!("node {id:x}/{node} waits for a node that does not come before it")
+        });
+        if record
+            .parent
+            .is_some_and(|parent| u64::from(parent.0) >= node)
+        {
+            findings.violation(I9, || {
+                format!("the parent of node {id:x}/{node} comes after it")
+            });
+        }
+        if record.cause.is_some_and(|cause| u64::from(cause.0) >= n) {
+            findings.violation(I9, || format!("the cause of node {id:x}/{node} is missing"));
+        }
+        if let BodyEnd::Tail(next) = record.body {
+            // Onwards to a later node, or back to one that has its value: no chain comes back to itself.
+            let target = run.nodes.get(next.0 as usize);
+            let ends = target.is_some_and(|target| {
+                u64::from(next.0) > node || target.record.progress == Progress::Succeeded
+            });
+            findings.check(I9, ends && u64::from(next.0) != node, || {
+                format!("node {id:x}/{node} goes on in {}", next.0)
+            });
+        }
+        findings.check(I7, known.specs.contains(&u64::from(record.spec.0)), || {
+            format!("spec {} of node {id:x}/{node} is missing", record.spec.0)
+        });
+        findings.totals.inputs += run.inputs[node as usize]
+            .iter()
+            .map(|r| u64::from(r.count))
+            .sum::<u64>();
+    }
+    for (node, ranges) in &run.references {
+        let exist = ranges
+            .iter()
+            .all(|r| u64::from(r.first.0) + u64::from(r.count) <= n);
+        findings.check(I9, exist, || {
+            format!("the outcome of node {id:x}/{node} refers to a missing node")
+        });
+    }
+    findings.check(I9, u64::from(run.record.root.0) < n, || {
+        format!("the root of run {id:x} is missing")
+    });
+}
+
+/// Plays the history: I2, I3, I4, I8, I11.
+fn play(rows: &dyn Rows, run: &Run, findings: &mut Findings) -> Result<Vec<Told>, StorageError> {
+    let (from, to) = span(run.seq);
+    let mut told = vec![Told::default(); run.nodes.len()];
+    let mut last = 0_u64;
+    let mut events = 0_u64;
+    each_row(rows, Table::Event, from, to, &mut |key, value| {
+        findings.check(I11, key.minor == last + 1, || {
+            format!(
+                "event {} of run {:x} follows event {last}",
+                key.minor, run.seq
+            )
+        });
+        rows_in::event_row(key, &value, &mut |event| {
+            last = event.seq;
+            events += 1;
+            play_event(run, &mut told, &event, findings);
+            true
+        })
+        .map_err(|e| corrupt(key, &e))?;
+        Ok(true)
+    })?;
+    findings.checked(I17, events);
+    findings.totals.events += events;
+    if run.record.ended.is_some() {
+        findings.check(I11, last == run.record.n_events, || {
+            format!(
+                "run {:x} has {last} events, its header says {}",
+                run.seq, run.record.n_events
+            )
+        });
+    }
+    Ok(told)
+}
+
+fn is_terminal(state: &str) -> bool {
+    matches!(state, "succeeded" | "failed" | "skipped")
+}
+
+fn play_event(run: &Run, told: &mut [Told], event: &EventRecord, findings: &mut Findings) {
+    let id = run.seq;
+    let node = event.node.0;
+    let Some(before) = told.get(node as usize).copied() else {
+        findings.violation(I11, || {
+            format!(
+                "event {} of run {id:x} is about node {node}, which is missing",
+                event.seq
+            )
+        });
+        return;
+    };
+    let here = || {
+        format!(
+            "event {} of node {id:x}/{node} ({})",
+            event.seq, event.state
+        )
+    };
+    if (event.state == "created") != before.state.is_empty() {
+        findings.violation(I11, || format!("{} follows {:?}", here(), before.state));
+    }
+    let reopened = event.state == "waiting" && event.note == Note::Reopened;
+    findings.check(I2, !is_terminal(before.state) || reopened, || {
+        format!("{} follows {:?}", here(), before.state)
+    });
+    if reopened && before.state == "succeeded" {
+        findings.violation(I2, || format!("{} opens what had succeeded", here()));
+    }
+    let mut after = Told {
+        state: event.state,
+        last_event: event.seq,
+        ..before
+    };
+    let is_same_lease = matches!(event.note, Note::LeaseShortened | Note::LeaseResumed);
+    if event.state == "leased" && !is_same_lease {
+        after.leases += 1;
+        findings.check(I3, event.attempt == after.leases, || {
+            format!(
+                "{} is attempt {} and lease {}",
+                here(),
+                event.attempt,
+                after.leases
+            )
+        });
+        findings.check(I4, before.state != "leased", || {
+            format!("{} while another lease is open", here())
+        });
+        let missing = run.inputs[node as usize].iter().find_map(|range| {
+            let first = range.first.0;
+            (first..first.saturating_add(range.count)).find(|&input| {
+                let state = told.get(input as usize).map_or("", |told| told.state);
+                match range.mode {
+                    InputUse::Outcome => !is_terminal(state),
+                    InputUse::Value | InputUse::After => state != "succeeded",
+                }
+            })
+        });
+        findings.check(I8, missing.is_none(), || {
+            format!("{} before input {}", here(), missing.unwrap_or_default())
+        });
+    }
+    told[node as usize] = after;
+}
+
+/// The word of the history for what a record says.
+fn agrees(record: &NodeRecord, told: &Told) -> bool {
+    match record.progress {
+        Progress::Open => matches!(told.state, "created" | "waiting" | "ready"),
+        Progress::Leased { .. } => told.state == "leased",
+        Progress::Backoff => told.state == "backoff",
+        Progress::Settling => told.state == "settling",
+        Progress::Succeeded => told.state == "succeeded",
+        Progress::Failed => told.state == "failed",
+        Progress::Skipped => told.state == "skipped",
+    }
+}
+
+/// Where the history ends, the records stand: I2 to I6, I19.
+fn check_nodes(run: &Run, told: &[Told], findings: &mut Findings) {
+    let id = run.seq;
+    for ((node, row), told) in (0_u32..).zip(&run.nodes).zip(told) {
+        let record = &row.record;
+        findings.check(I4, agrees(record, told), || {
+            format!(
+                "node {id:x}/{node} is {:?}, its history ends with {:?}",
+                record.progress, told.state
+            )
+        });
+        findings.check(I3, record.attempt.0 == told.leases, || {
+            format!(
+                "node {id:x}/{node} counts {} attempts, its history {}",
+                record.attempt.0, told.leases
+            )
+        });
+        findings.check(I11, row.event == told.last_event, || {
+            format!(
+                "node {id:x}/{node} names event {}, its last one is {}",
+                row.event, told.last_event
+            )
+        });
+        if record.round > run.record.round {
+            findings.violation(I2, || {
+                format!("node {id:x}/{node} is in a later round than its run")
+            });
+        }
+        let remaining = run.inputs[node as usize]
+            .iter()
+            .map(|range| unsatisfied(run, record.round, range))
+            .sum::<u64>();
+        findings.checked(I5, 1);
+        let is_held_back = matches!(record.progress, Progress::Open | Progress::Skipped);
+        // A body that failed may have failed before it ran: by a cancelled or quarantined past. What ran had its inputs.
+        let never_ran = told.leases == 0;
+        findings.check(I6, is_held_back || never_ran || remaining == 0, || {
+            format!(
+                "node {id:x}/{node} is {:?} with {remaining} missing inputs",
+                record.progress
+            )
+        });
+        let needs_outcome =
+            record.progress == Progress::Succeeded && !matches!(record.body, BodyEnd::Tail(_));
+        if needs_outcome {
+            let outcome = run.outcomes.get(&node);
+            findings.check(I19, outcome.is_some(), || {
+                format!("node {id:x}/{node} has succeeded and its outcome is missing")
+            });
+            findings.check(I2, outcome != Some(&true), || {
+                format!("node {id:x}/{node} has succeeded with an error")
+            });
+        }
+    }
+}
+
+/// Inputs that do not satisfy a node now. Those that a later round has opened again satisfied it in its own.
+fn unsatisfied(run: &Run, round: u32, range: &InputRange) -> u64 {
+    let first = range.first.0 as usize;
+    let last = first
+        .saturating_add(range.count as usize)
+        .min(run.nodes.len());
+    run.nodes[first.min(last)..last]
+        .iter()
+        .filter(|input| {
+            let input = &input.record;
+            let satisfied = match range.mode {
+                InputUse::Outcome => matches!(
+                    input.progress,
+                    Progress::Succeeded | Progress::Failed | Progress::Skipped
+                ),
+                InputUse::Value | InputUse::After => input.progress == Progress::Succeeded,
+            };
+            !satisfied && input.round <= round
+        })
+        .count() as u64
+}
+
+/// I10: the run has ended iff its nodes have, and says how.
+fn check_end(run: &Run, findings: &mut Findings) {
+    let id = run.seq;
+    let record = &run.record;
+    let is_ended = |progress: Progress| {
+        matches!(
+            progress,
+            Progress::Succeeded | Progress::Failed | Progress::Skipped
+        )
+    };
+    let open = run
+        .nodes
+        .iter()
+        .filter(|row| !is_ended(row.record.progress))
+        .count();
+    if record.ended.is_none() {
+        findings.check(I10, open > 0 && record.state == RunState::Running, || {
+            format!(
+                "run {id:x} goes on with {open} open nodes as {:?}",
+                record.state
+            )
+        });
+        return;
+    }
+    findings.check(I10, record.n_nodes as usize == run.nodes.len(), || {
+        format!(
+            "run {id:x} has {} nodes, its header says {}",
+            run.nodes.len(),
+            record.n_nodes
+        )
+    });
+    findings.check(I10, open == 0 || record.cancelled, || {
+        format!("run {id:x} has ended with {open} open nodes")
+    });
+    let root = run.nodes.get(record.root.0 as usize);
+    let expected = match root.map(|row| row.record.progress) {
+        _ if record.cancelled => RunState::Cancelled,
+        Some(Progress::Succeeded) => RunState::Succeeded,
+        _ => RunState::Failed,
+    };
+    findings.check(I10, record.state == expected, || {
+        format!(
+            "run {id:x} is {:?} and should be {expected:?}",
+            record.state
+        )
+    });
+}
