@@ -69,6 +69,14 @@ impl PageSum {
         self.digest = self.digest.wrapping_sub(mix(checksum));
     }
 
+    /// Counts a page out and what it became in.
+    pub(crate) fn replace(&mut self, old: Option<u64>, new: Option<u64>) {
+        if old != new {
+            old.into_iter().for_each(|checksum| self.remove(checksum));
+            new.into_iter().for_each(|checksum| self.add(checksum));
+        }
+    }
+
     /// Adds a difference.
     pub(crate) fn merge(&mut self, other: Self) {
         self.pages = self.pages.wrapping_add(other.pages);

@@ -24,8 +24,9 @@ use super::pages::Place;
 use super::row::{RowKey, Table};
 pub use super::rows::Rows;
 use super::sled::{CACHE_BYTES, guarded};
-use super::state::{Found, State, Window};
+use super::state::{Found, State};
 use super::sync_shim::{boot_clock_ms, malloc_trim};
+use super::window::Window;
 
 /// Rows that one request to the storage thread brings back, about.
 const CHUNK_ROWS: usize = 2_048;
@@ -478,8 +479,7 @@ impl Worker {
     }
 
     fn due_in(&self) -> Duration {
-        let age = boot_clock_ms()
-            .saturating_sub(self.shared.first_push_ms.load(Ordering::Relaxed));
+        let age = boot_clock_ms().saturating_sub(self.shared.first_push_ms.load(Ordering::Relaxed));
         Duration::from_millis(self.options.window_ms.saturating_sub(age))
     }
 
