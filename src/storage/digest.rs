@@ -72,8 +72,12 @@ impl PageSum {
     /// Counts a page out and what it became in.
     pub(crate) fn replace(&mut self, old: Option<u64>, new: Option<u64>) {
         if old != new {
-            old.into_iter().for_each(|checksum| self.remove(checksum));
-            new.into_iter().for_each(|checksum| self.add(checksum));
+            if let Some(checksum) = old {
+                self.remove(checksum);
+            }
+            if let Some(checksum) = new {
+                self.add(checksum);
+            }
         }
     }
 

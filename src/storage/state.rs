@@ -26,6 +26,11 @@ use super::window::Window;
 /// A point read checks the digest of a run's table up to this many pages (64 MiB, some 100 ms); a larger one is checked by its
 /// first scan, which reads all of it anyway. Until then its pages are believed by checksum and position.
 const POINT_CHECK_PAGES: u64 = 16_384;
+/// A sync follows each second slice, so that few of sled's buffers are on their way at once. sled writes them, and shortens its
+/// file, by a pool of seven threads that never grows once they are busy. A writer that waits for the shortening holds the
+/// lock that buffers need at their end: when seven of them wait for it, nothing ever moves again (seen with 512 KiB segments
+/// and no flush). A slice ends in a buffer of its own and takes three when everything around it is cleaned as well.
+const UNSYNCED_SLICES: u32 = 2;
 /// So many (table, run) are remembered as checked; then all are forgotten and checked again when read.
 const REMEMBERED: usize = 1 << 20;
 /// Rows found by a scan, and where to go on (`None`: at the end).
@@ -47,6 +52,7 @@ pub(crate) struct State {
     checked: HashSet<(u8, u64)>,
     checked_chunks: HashSet<u64>,
     written: u64,
+    unsynced: u32,
 }
 
 impl State {
@@ -118,6 +124,7 @@ impl State {
             checked: HashSet::new(),
             checked_chunks: HashSet::new(),
             written: 0,
+            unsynced: 0,
         })
     }
 
@@ -173,7 +180,8 @@ impl State {
     }
 
     /// Makes everything applied survive a power cut.
-    pub(crate) fn sync(&self) -> Result<(), StorageError> {
+    pub(crate) fn sync(&mut self) -> Result<(), StorageError> {
+        self.unsynced = 0;
         self.sled.sync()
     }
 
@@ -218,11 +226,15 @@ impl State {
             };
         }
         self.written += change.bytes() as u64;
+        self.unsynced += 1;
         let (mut batch, firsts) = change.into_batch();
         meta.firsts.extend(firsts);
         batch.insert(META_KEY, meta.encode());
         self.sled.tree.apply_batch(batch)?;
         self.meta = meta;
+        if self.unsynced >= UNSYNCED_SLICES {
+            self.sync()?;
+        }
         Ok(done)
     }
 

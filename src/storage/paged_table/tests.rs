@@ -49,6 +49,8 @@ impl Bench {
         let (batch, firsts) = change.into_batch();
         self.firsts.extend(firsts);
         self.tree.apply_batch(batch).expect("a sled batch");
+        // Not for durability: sled deadlocks when too many of its buffers are on their way.
+        self.tree.flush().expect("a flush");
     }
 
     fn write(&mut self, rows: &BTreeMap<Place, Option<Vec<u8>>>, budget: usize) {

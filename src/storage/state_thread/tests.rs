@@ -486,3 +486,56 @@ fn windows_come_by_age_and_by_size_and_reads_go_on() {
     thread.close().expect("close");
     assert!(rows.get(row_key(Table::Node, (1, 1))).is_err(), "closed");
 }
+
+/// sled shortens its file when its end is free, and can deadlock there: see `UNSYNCED_SLICES`.
+#[test]
+fn a_store_that_grows_and_shrinks_again_does_not_stop() {
+    let (_dir, path) = created();
+    let options = StateOptions {
+        window_ms: 20,
+        window_bytes: 2 << 20,
+        ..StateOptions::default()
+    };
+    let (thread, _) = StateThread::open(&path, options).expect("open");
+    let mut sequence = 0;
+    let (mut before, mut shrunk) = (0, 0);
+    for round in 0..12_u64 {
+        for run in 0..8 {
+            let mut batch = RowBatch::default();
+            let run = round * 8 + run;
+            for node in 0..1_500 {
+                batch
+                    .rows
+                    .push(row(Table::Outcome, run, node, Some(vec![run as u8; 400])));
+            }
+            batch
+                .rows
+                .push(row(Table::EndedRun, run, 0, Some(vec![1; 30])));
+            sequence += 1;
+            thread.push(entry(sequence, batch));
+        }
+        thread.flush().expect("flush");
+        let gone = RowBatch {
+            deleted_runs: (round * 8..round * 8 + 8).collect(),
+            ..RowBatch::default()
+        };
+        sequence += 1;
+        thread.push(entry(sequence, gone));
+        thread.flush().expect("flush");
+        let now = fs::metadata(path.join("db")).expect("db").len();
+        shrunk += u32::from(now < before);
+        before = now;
+    }
+    println!("the file shrank in {shrunk} of 12 rounds");
+    let mut rows = 0;
+    let count = &mut |_, _| {
+        rows += 1;
+        true
+    };
+    thread
+        .rows()
+        .scan(Table::Outcome, (0, 0), (u64::MAX, 0), usize::MAX, count)
+        .expect("scan");
+    assert_eq!(rows, 0);
+    thread.close().expect("close");
+}

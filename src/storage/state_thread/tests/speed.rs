@@ -44,6 +44,8 @@ fn speed_of_windows_is_printed() {
     }
     let pushed: usize = entries.iter().map(|batch| batch.rows.len()).sum();
     let total = crate::storage::sync_shim::boot_clock_ms();
+    let syncs = crate::storage::sync_shim::sled_syncs();
+    let wrote = written_bytes();
     let mut pushing = 0;
     for (sequence, batch) in entries.into_iter().enumerate() {
         let entry = entry(sequence as u64 + 1, batch);
@@ -55,11 +57,13 @@ fn speed_of_windows_is_printed() {
     let total = (crate::storage::sync_shim::boot_clock_ms() - total).max(1);
     let bytes = fs::metadata(path.join("db")).expect("db").len();
     println!(
-        "{} nodes, {pushed} rows: {} ns a row for push, {} nodes/s through sled, {} bytes of sled a node",
+        "{} nodes, {pushed} rows: {} ns a row for push, {} nodes/s through sled, {} bytes of sled a node, {} syncs, {} bytes written a node",
         runs * nodes,
         pushing * 1_000_000 / pushed as u64,
         runs * nodes * 1_000 / total,
         bytes / (runs * nodes),
+        crate::storage::sync_shim::sled_syncs() - syncs,
+        (written_bytes() - wrote) / (runs * nodes),
     );
     thread.close().expect("close");
     let start = crate::storage::sync_shim::boot_clock_ms();
@@ -130,4 +134,13 @@ fn speed_of_windows_is_printed() {
     let took = crate::storage::sync_shim::boot_clock_ms() - start;
     println!("{} us a cold read", took * 1_000 / 10_000);
     thread.close().expect("close");
+}
+
+/// What this process has written so far, as the kernel counts calls.
+fn written_bytes() -> u64 {
+    let io = fs::read_to_string("/proc/self/io").unwrap_or_default();
+    io.lines()
+        .find_map(|line| line.strip_prefix("wchar: "))
+        .and_then(|bytes| bytes.parse().ok())
+        .unwrap_or(0)
 }
