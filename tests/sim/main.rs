@@ -20,6 +20,13 @@
 //!
 //! `SEED=7 cargo test --test sim` runs one seed, with `PRINT=1` it prints every turn; `SEEDS=5000` runs as many as that.
 
+#![expect(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    unreachable_pub,
+    reason = "a test program: what is unexpected ends it, and nobody links to it"
+)]
+
 mod disk;
 mod program;
 mod rng;

@@ -293,7 +293,7 @@ impl World {
         self.events.insert((self.now + ms, self.counter), event);
     }
 
-    fn violation(&mut self, text: String) {
+    fn violation(&mut self, text: impl std::fmt::Display) {
         if self.report.violations.len() < 20 {
             self.report.violations.push(format!("@{} {text}", self.now));
         }
@@ -315,13 +315,12 @@ impl World {
             self.now = self.now.max(at);
             self.handle(event);
             self.turn_if_due();
-            if self.report.violations.len() >= 20 || self.jobs.iter().all(|job| self.finished(job))
-            {
+            if self.report.violations.len() >= 20 || self.jobs.iter().all(Self::finished) {
                 return;
             }
             if self.now > FAULTS_MS + BOUND_MS {
                 let open: Vec<_> = (self.jobs.iter())
-                    .filter(|job| !self.finished(job))
+                    .filter(|job| !Self::finished(job))
                     .map(|job| (job.program, job.done, job.ended))
                     .collect();
                 self.violation(format!("I22 these did not end: {open:?}"));
@@ -329,12 +328,12 @@ impl World {
                 return;
             }
         }
-        self.violation("I22 nothing is under way and not all has ended".to_owned());
+        self.violation("I22 nothing is under way and not all has ended");
     }
 
     fn explain_open(&mut self) {
         let runs: Vec<RunId> = (self.jobs.iter())
-            .filter(|job| !self.finished(job))
+            .filter(|job| !Self::finished(job))
             .filter_map(|job| job.done)
             .collect();
         let turn = self.turn();
@@ -354,7 +353,7 @@ impl World {
         }
     }
 
-    fn finished(&self, job: &Job) -> bool {
+    fn finished(job: &Job) -> bool {
         match job.ended {
             None => false,
             Some(RunState::Cancelled) => !job.wants_resume,
@@ -458,18 +457,15 @@ impl World {
         requests.append(&mut self.arrived);
         let finishes = finishes_of(&requests);
         self.disk.lock().unwrap().wall = turn.wall;
-        let output = match engine.turn(turn, requests) {
-            Ok(output) => output,
-            Err(_) => {
-                assert!(
-                    engine.turn(turn, Vec::new()).is_err(),
-                    "G17 a failed commit is final"
-                );
-                // It may be durable. Nobody was told.
-                self.maybe.extend(finishes);
-                self.crash("commit");
-                return;
-            }
+        let Ok(output) = engine.turn(turn, requests) else {
+            assert!(
+                engine.turn(turn, Vec::new()).is_err(),
+                "G17 a failed commit is final"
+            );
+            // It may be durable. Nobody was told.
+            self.maybe.extend(finishes);
+            self.crash("commit");
+            return;
         };
         self.report.turns += 1;
         if output.facts > 0 {
@@ -505,7 +501,7 @@ impl World {
         }
         self.send_effects(output.effects);
         self.wake_in(due);
-        if self.report.turns % 1_000 == 0 {
+        if self.report.turns.is_multiple_of(200) {
             self.check_engine();
         }
     }

@@ -4,7 +4,7 @@ use super::*;
 
 impl World {
     pub(super) fn client(&mut self, at: usize) {
-        if self.finished(&self.jobs[at]) {
+        if Self::finished(&self.jobs[at]) {
             return;
         }
         let epoch = self.epoch;
