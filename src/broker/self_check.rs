@@ -2,109 +2,16 @@
 //! have no gap. At the end, with workers present and faults over, every run ends (I22).
 //!
 //! Faults: commands repeated, late, forged or for what is gone; sessions that fall silent, detach, close, come back; restarts at
-//! any command. The seed decides everything and is in every message.
+//! any command. The seed decides everything and is in every message. `SEED=7` runs one, `SEEDS=5000` that many.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use bytes::Bytes;
-
 use super::command::*;
+use super::fixtures::{Chance, payload, refusals, run_of, specs};
 use super::outcome::*;
 use super::types::*;
 use super::{Broker, OutputRule, Restoring, Settings};
-
-pub(super) struct Chance(pub u64);
-
-impl Chance {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n.max(1)
-    }
-    fn pick<'a, T>(&mut self, list: &'a [T]) -> Option<&'a T> {
-        if list.is_empty() {
-            None
-        } else {
-            Some(&list[self.below(list.len() as u64) as usize])
-        }
-    }
-}
-
-pub(super) fn payload(text: &str) -> Payload {
-    Payload {
-        codec: Codec::Json,
-        body: Body::Inline(Bytes::copy_from_slice(text.as_bytes())),
-    }
-}
-
-pub(super) fn spec(action: &str) -> Spec {
-    Spec {
-        action: action.into(),
-        queue: "default".into(),
-        taint: None,
-        priority: 0,
-        retry: Retry::default(),
-        timeout_ms: None,
-        fingerprint: None,
-        pin_code: false,
-        batch: None,
-        by_name: false,
-    }
-}
-
-fn specs() -> Vec<Arc<Spec>> {
-    let retry = Retry {
-        max_attempts: 3,
-        max_losses: 2,
-        delay_ms: 50,
-        ..Retry::default()
-    };
-    [
-        spec("plain"),
-        Spec {
-            retry,
-            ..spec("again")
-        },
-        Spec {
-            priority: 5,
-            taint: Some("gpu".into()),
-            ..spec("urgent")
-        },
-        Spec {
-            timeout_ms: Some(500),
-            retry,
-            ..spec("timed")
-        },
-        Spec {
-            batch: Some(Batch {
-                max_size: 3,
-                max_wait_ms: 40,
-            }),
-            ..spec("bundled")
-        },
-        Spec {
-            by_name: true,
-            ..spec("plain")
-        },
-        Spec {
-            fingerprint: Some("v1".into()),
-            pin_code: true,
-            ..spec("pinned")
-        },
-        Spec {
-            fingerprint: Some("v1".into()),
-            ..spec("coded")
-        },
-    ]
-    .map(Arc::new)
-    .to_vec()
-}
 
 struct Play {
     broker: Broker,
@@ -379,7 +286,7 @@ impl Play {
         self.broker.runs.get(&key.run).map_or(Vec::new(), |run| {
             (0..run.len())
                 .filter(|node| {
-                    run.core(*node).parent == key.node.0 || run.state(*node).is_terminal()
+                    run.core(*node).parent == key.node.0 || run.state(*node) == NodeState::Succeeded
                 })
                 .map(NodeIndex)
                 .collect()
@@ -736,28 +643,12 @@ impl Play {
     }
 }
 
-fn refusals(reply: &Reply) -> Vec<Rejection> {
-    match reply {
-        Reply::Submitted(list) => list.iter().filter_map(|r| r.clone().err()).collect(),
-        Reply::Done(list) => list.iter().filter_map(|r| r.clone().err()).collect(),
-        Reply::Created(result) => result.clone().err().into_iter().collect(),
-        Reply::Attached(_) => vec![],
-    }
-}
-
-fn run_of(fact: &Fact) -> Option<RunSeq> {
-    match fact {
-        Fact::Run { run, .. } | Fact::Nodes { run, .. } | Fact::RunDeleted { run } => Some(*run),
-        Fact::Node { node, .. } | Fact::Outcome { node, .. } => Some(node.run),
-        _ => None,
-    }
-}
-
 #[test]
 fn random_commands_keep_every_invariant_and_the_rebuild_equal() {
-    let seeds: Vec<u64> = match std::env::var("SEED") {
-        Ok(seed) => vec![seed.parse().unwrap()],
-        Err(_) => (0..250).collect(),
+    let number = |name| std::env::var(name).ok().and_then(|n| n.parse().ok());
+    let seeds: Vec<u64> = match number("SEED") {
+        Some(seed) => vec![seed],
+        None => (0..number("SEEDS").unwrap_or(200)).collect(),
     };
     let mut refused: BTreeMap<&str, u64> = BTreeMap::new();
     let mut commands = 0;

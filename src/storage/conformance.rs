@@ -27,7 +27,9 @@ pub(crate) trait Reopen {
 /// Runs the suite.
 pub(crate) fn exercise<R: Reopen>(seed: u64, turns: usize, harness: &mut R) {
     let mut store = harness.reopen(None);
-    let loaded = store.load(&mut |fact| panic!("a new store has {fact:?}")).unwrap();
+    let loaded = store
+        .load(&mut |fact| panic!("a new store has {fact:?}"))
+        .unwrap();
     assert_eq!(loaded.next_run, 1);
     assert_eq!(loaded.last_wall, WallTime(0));
     let mut script = Script::new(seed);
@@ -54,7 +56,7 @@ pub(crate) fn exercise<R: Reopen>(seed: u64, turns: usize, harness: &mut R) {
         if script.dice(30) == 0 || turn + 1 == turns {
             kills += 1;
             // A first start that is killed again at once must not lose what it replayed.
-            for _ in 0..1 + script.dice(2) {
+            for _ in 0..=script.dice(2) {
                 store = harness.reopen(Some(store));
                 store.load(&mut |_| {}).unwrap();
                 harness.pause();

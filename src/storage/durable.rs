@@ -21,9 +21,7 @@ use super::payloads::{PayloadOptions, PayloadPin, Payloads};
 use super::reader::StoreReader;
 use super::records::{RowBatch, RowMaker, decode_shared_facts, encode_facts};
 use super::state_thread::{PushedEntry, StateMeta, StateOptions, StateThread};
-use super::{
-    Loaded, PayloadWriter, Pressure, Read, StorageBatch, StorageError, Store, sync_shim,
-};
+use super::{Loaded, PayloadWriter, Pressure, Read, StorageBatch, StorageError, Store, sync_shim};
 use crate::broker::outcome::Fact;
 use crate::broker::types::{Timestamp, WallTime};
 

@@ -91,6 +91,15 @@ pub(super) fn state_facts(
         Ok(true)
     })?;
     each_parted(rows, Table::DeadLetter, from, to, &mut |key, whole| {
+        if key.minor == 0 {
+            let last = rows_in::last_letter_record(&whole).map_err(|e| corrupt(key, &e))?;
+            // If the letter is kept, its own row says so later.
+            absorb(Fact::DeadLetterRemoved {
+                route: NameId(number(key)?),
+                seq: last,
+            });
+            return Ok(true);
+        }
         let letter = rows_in::letter_record(&whole).map_err(|e| corrupt(key, &e))?;
         absorb(Fact::DeadLetter {
             route: NameId(number(key)?),

@@ -4,6 +4,8 @@
 
 #[cfg(test)]
 pub(crate) mod conformance;
+#[cfg(test)]
+mod dice;
 mod digest;
 pub mod disk;
 pub mod durable;
@@ -24,6 +26,7 @@ pub mod sled;
 mod state;
 pub mod state_thread;
 pub mod sync_shim;
+mod window;
 
 use bytes::Bytes;
 

@@ -140,32 +140,46 @@ pub fn specs() -> Vec<Arc<Spec>> {
     [plain, flaky, tainted, bulk, other].map(Arc::new).to_vec()
 }
 
-/// The number of a node's value as the store has it: `Some(None)` without success, `None` while it is open.
-pub fn value_of(reader: &dyn Read, node: NodeKey) -> Option<Option<u64>> {
-    let record = reader.node(node).unwrap()?;
+/// What the store says about the value of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seen {
+    /// It is not known yet.
+    Open,
+    /// There will be none.
+    Unsuccessful,
+    Value(u64),
+}
+
+/// The value of a node as the store has it, behind tail calls and structures.
+pub fn value_of(reader: &dyn Read, node: NodeKey) -> Seen {
+    let Some(record) = reader.node(node).unwrap() else {
+        return Seen::Open;
+    };
     if let BodyEnd::Tail(to) = record.body
         && !matches!(record.progress, Progress::Failed | Progress::Skipped)
     {
         return value_of(reader, NodeKey::new(node.run, to));
     }
-    let outcome = match record.progress {
-        Progress::Failed | Progress::Skipped => return Some(None),
-        Progress::Succeeded => reader.outcome(node).unwrap()?,
-        _ => return None,
-    };
-    match Left::read(&outcome.payload)? {
-        Left::Value { value, .. } => Some(Some(value)),
-        Left::Structure { id, .. } => {
+    match record.progress {
+        Progress::Failed | Progress::Skipped => return Seen::Unsuccessful,
+        Progress::Succeeded => {}
+        _ => return Seen::Open,
+    }
+    let outcome = reader.outcome(node).unwrap();
+    let outcome = outcome.expect("a node that succeeded has left something");
+    match Left::read(&outcome.payload) {
+        Some(Left::Value { value, .. }) => Seen::Value(value),
+        Some(Left::Structure { id, .. }) => {
             let mut parts = Vec::new();
-            for part in expand(&outcome.references) {
-                match value_of(reader, NodeKey::new(node.run, part.0))? {
-                    Some(value) => parts.push(value),
-                    None => return Some(None),
+            for (part, _) in expand(&outcome.references) {
+                match value_of(reader, NodeKey::new(node.run, part)) {
+                    Seen::Value(value) => parts.push(value),
+                    other => return other,
                 }
             }
-            Some(Some(structure_value(id, &parts)))
+            Seen::Value(structure_value(id, &parts))
         }
-        Left::Call { .. } | Left::Error { .. } => None,
+        other => panic!("{node} succeeded and left {other:?}"),
     }
 }
 
@@ -182,9 +196,9 @@ pub fn inputs_are_there(reader: &dyn Read, node: NodeKey) -> bool {
     };
     expand(&arguments.inputs).all(|(input, mode)| {
         match value_of(reader, NodeKey::new(node.run, input)) {
-            Some(Some(_)) => true,
-            Some(None) => mode == InputUse::Outcome,
-            None => false,
+            Seen::Value(_) => true,
+            Seen::Unsuccessful => mode == InputUse::Outcome,
+            Seen::Open => false,
         }
     })
 }
@@ -214,9 +228,10 @@ pub fn run(
     let mut received = Vec::new();
     for (input, mode) in expand(&arguments.inputs) {
         match value_of(reader, NodeKey::new(lease.node.run, input)) {
-            None => return Ran::Stale,
-            Some(_) if mode == InputUse::After => {}
-            Some(value) => received.push(value.unwrap_or(FAILED)),
+            Seen::Open => return Ran::Stale,
+            _ if mode == InputUse::After => {}
+            Seen::Value(value) => received.push(value),
+            Seen::Unsuccessful => received.push(FAILED),
         }
     }
     let program = &programs[at as usize];

@@ -40,6 +40,8 @@ pub struct Options {
     pub faults: bool,
     /// The mutant: commits are acked before they are durable.
     pub early_ack: bool,
+    /// Every turn is printed.
+    pub print: bool,
 }
 
 /// What a run of the simulation showed.
@@ -49,6 +51,9 @@ pub struct Report {
     pub nodes: u64,
     pub turns: u64,
     pub commits: u64,
+    pub resumed: u64,
+    /// Runs that were read for a command or a query.
+    pub loads: u64,
     pub lost: u64,
     pub applied_twice: u64,
     pub early_leases: u64,
@@ -82,7 +87,8 @@ enum Who {
     Finish {
         worker: usize,
         link: u64,
-        items: Vec<Held>,
+        /// Which attempts, and whether each of them ends its node.
+        items: Vec<(Held, bool)>,
     },
     Create {
         worker: usize,
@@ -167,6 +173,8 @@ pub struct World {
     /// Broker time and simulated time at its start.
     started: (Timestamp, u64),
     latest: Timestamp,
+    /// Broker time of the latest commit: no later one is before it (G6), whatever the calendar does.
+    logged: Timestamp,
     busy_until: u64,
     next_wake: u64,
     arrived: Vec<Request>,
@@ -192,6 +200,7 @@ pub fn run(options: Options) -> Report {
     let mut world = World::new(options);
     world.live();
     world.check_all();
+    world.expire_all();
     world.report.trace = mix(world.report.trace);
     world.report
 }
@@ -208,7 +217,10 @@ fn settings() -> Settings {
 impl World {
     fn new(options: Options) -> Self {
         let mut rng = Rng::new(options.seed);
-        let store = SimStore::new(MemoryStore::new(), options.early_ack);
+        // Half of them load from state alone, half from state and a log behind it.
+        let log = if rng.percent(50) { 0 } else { rng.range(1, 40) };
+        let memory = MemoryStore::with_log(log as usize);
+        let store = SimStore::new(memory, options.early_ack);
         let programs: Vec<Program> = (0..options.jobs)
             .map(|_| Program::random(&mut rng))
             .collect();
@@ -244,6 +256,7 @@ impl World {
             epoch: 0,
             started: (Timestamp(0), 0),
             latest: Timestamp(0),
+            logged: Timestamp(0),
             busy_until: 0,
             next_wake: u64::MAX,
             arrived: Vec::new(),
@@ -280,7 +293,7 @@ impl World {
         self.events.insert((self.now + ms, self.counter), event);
     }
 
-    fn violation(&mut self, text: String) {
+    fn violation(&mut self, text: impl std::fmt::Display) {
         if self.report.violations.len() < 20 {
             self.report.violations.push(format!("@{} {text}", self.now));
         }
@@ -288,6 +301,9 @@ impl World {
 
     fn note(&mut self, what: &dyn std::fmt::Debug) {
         let text = format!("{what:?}");
+        if self.options.print {
+            println!("@{} {text}", self.now);
+        }
         let hash = text.bytes().fold(self.now, |sum, byte| {
             (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
@@ -299,13 +315,12 @@ impl World {
             self.now = self.now.max(at);
             self.handle(event);
             self.turn_if_due();
-            if self.report.violations.len() >= 20 || self.jobs.iter().all(|job| self.finished(job))
-            {
+            if self.report.violations.len() >= 20 || self.jobs.iter().all(Self::finished) {
                 return;
             }
             if self.now > FAULTS_MS + BOUND_MS {
                 let open: Vec<_> = (self.jobs.iter())
-                    .filter(|job| !self.finished(job))
+                    .filter(|job| !Self::finished(job))
                     .map(|job| (job.program, job.done, job.ended))
                     .collect();
                 self.violation(format!("I22 these did not end: {open:?}"));
@@ -313,12 +328,12 @@ impl World {
                 return;
             }
         }
-        self.violation("I22 nothing is under way and not all has ended".to_owned());
+        self.violation("I22 nothing is under way and not all has ended");
     }
 
     fn explain_open(&mut self) {
         let runs: Vec<RunId> = (self.jobs.iter())
-            .filter(|job| !self.finished(job))
+            .filter(|job| !Self::finished(job))
             .filter_map(|job| job.done)
             .collect();
         let turn = self.turn();
@@ -338,7 +353,7 @@ impl World {
         }
     }
 
-    fn finished(&self, job: &Job) -> bool {
+    fn finished(job: &Job) -> bool {
         match job.ended {
             None => false,
             Some(RunState::Cancelled) => !job.wants_resume,
@@ -357,12 +372,11 @@ impl World {
         let wall = WallTime(self.calendar + self.now);
         let (engine, started) =
             Engine::start(store, settings(), wall).expect("a start after a crash");
-        if started.now < self.latest && !self.options.early_ack {
-            self.violation(format!(
-                "G6 time went back: {:?} after {:?}",
-                started.now, self.latest
-            ));
+        let logged = self.logged;
+        if started.now < logged && !self.options.early_ack {
+            self.violation(format!("G6 {:?} after {logged:?}", started.now));
         }
+        self.latest = self.latest.max(started.now);
         self.started = (started.now, self.now);
         self.engine = Some(engine);
         self.check_engine();
@@ -443,20 +457,20 @@ impl World {
         requests.append(&mut self.arrived);
         let finishes = finishes_of(&requests);
         self.disk.lock().unwrap().wall = turn.wall;
-        let output = match engine.turn(turn, requests) {
-            Ok(output) => output,
-            Err(_) => {
-                assert!(
-                    engine.turn(turn, Vec::new()).is_err(),
-                    "G17 a failed commit is final"
-                );
-                // It may be durable. Nobody was told.
-                self.maybe.extend(finishes);
-                self.crash("commit");
-                return;
-            }
+        let Ok(output) = engine.turn(turn, requests) else {
+            assert!(
+                engine.turn(turn, Vec::new()).is_err(),
+                "G17 a failed commit is final"
+            );
+            // It may be durable. Nobody was told.
+            self.maybe.extend(finishes);
+            self.crash("commit");
+            return;
         };
         self.report.turns += 1;
+        if output.facts > 0 {
+            self.logged = turn.now;
+        }
         let sync = match self.rng.below(100) {
             0 if self.options.faults => self.rng.range(100, 2_000),
             n => n % 3,
@@ -464,6 +478,7 @@ impl World {
         self.busy_until = self.now + if output.facts > 0 { sync } else { 0 };
         let due = engine.due_in(turn.now, turn.wall);
         self.note(&(&output.replies, &output.effects, &output.answers));
+        self.report.loads += output.loads.len() as u64;
         for run in output.loads {
             let ms = self.busy_until - self.now + self.rng.below(5);
             self.after(
@@ -486,7 +501,7 @@ impl World {
         }
         self.send_effects(output.effects);
         self.wake_in(due);
-        if self.report.turns % 1_000 == 0 {
+        if self.report.turns.is_multiple_of(200) {
             self.check_engine();
         }
     }
@@ -507,13 +522,11 @@ impl World {
     /// The omniscient observer: what a durable reply says must fit what earlier ones said.
     fn judge(&mut self, who: &Who, reply: &Reply) {
         match (who, reply) {
-            (Who::Finish { items, worker, .. }, Reply::Done(results)) => {
+            (Who::Finish { items, .. }, Reply::Done(results)) => {
                 assert_eq!(items.len(), results.len(), "an entry an item");
-                for (held, result) in items.clone().into_iter().zip(results) {
-                    let ends = (self.workers[*worker].unanswered.get(&held))
-                        .is_some_and(|completion| counts(&completion.end));
+                for ((held, ends), result) in items.iter().zip(results) {
                     if result.is_ok() {
-                        self.accept(held, ends);
+                        self.accept(*held, *ends);
                     }
                 }
             }
@@ -661,14 +674,14 @@ fn finishes_of(requests: &[Request]) -> Vec<Held> {
     finishes.flatten().map(|c| (c.node, c.attempt)).collect()
 }
 
-fn rebuild(store: &mut SimStore) -> Broker {
+fn rebuild(store: &mut SimStore, now: Timestamp) -> Broker {
     let mut restoring = Restoring::new(settings(), [0; 16]);
     let loaded = store
         .load(&mut |fact| restoring.absorb(fact))
         .expect("a load");
     restoring.set_lease_secret(loaded.lease_secret);
     restoring
-        .finish(loaded.now, loaded.next_run)
+        .finish(now, loaded.next_run)
         .map_err(|corrupt| corrupt.detail)
         .expect("a rebuild")
 }

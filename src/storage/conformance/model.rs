@@ -22,6 +22,7 @@ pub(super) struct Model {
     pub(super) outbox: BTreeMap<(NameId, u64), OutboxRecord>,
     pub(super) cursors: BTreeMap<NameId, (u64, Vec<u64>)>,
     pub(super) letters: BTreeMap<(NameId, u64), DeadLetterRecord>,
+    pub(super) last_letters: BTreeMap<NameId, u64>,
     pub(super) stored: BTreeMap<PayloadRef, Bytes>,
     pub(super) latest: Timestamp,
 }
@@ -60,7 +61,8 @@ impl ModelRun {
             assert_eq!(a.record, b.record, "{run:?}/{n}");
             assert_eq!(a.arguments.inputs, b.arguments.inputs, "{run:?}/{n}");
             if a.record.body == BodyEnd::Structure {
-                let references = |node: &ModelNode| node.outcome.as_ref().map(|o| o.references.clone());
+                let references =
+                    |node: &ModelNode| node.outcome.as_ref().map(|o| o.references.clone());
                 assert_eq!(references(a), references(b), "{run:?}/{n}");
             }
         }
@@ -83,6 +85,7 @@ impl Model {
         assert_eq!(self.outbox, found.outbox, "turn {turn}");
         assert_eq!(self.cursors, found.cursors, "turn {turn}");
         assert_eq!(self.letters, found.letters, "turn {turn}");
+        assert_eq!(self.last_letters, found.last_letters, "turn {turn}");
         for (run, known) in &self.runs {
             if known.record.ended.is_none() {
                 let found = found.runs.get(run);
@@ -92,7 +95,10 @@ impl Model {
         }
         for (run, found) in &found.runs {
             if found.record.ended.is_none() {
-                assert!(self.runs.contains_key(run), "turn {turn}: {run:?} came back");
+                assert!(
+                    self.runs.contains_key(run),
+                    "turn {turn}: {run:?} came back"
+                );
             }
         }
     }
@@ -246,9 +252,15 @@ impl Model {
                 self.cursors.insert(output, (cursor, beyond));
             }
             Fact::DeadLetter { route, seq, letter } => {
+                let last = self.last_letters.entry(route).or_default();
+                *last = seq.max(*last);
                 self.letters.insert((route, seq), *letter);
             }
-            Fact::DeadLetterRemoved { route, seq } => drop(self.letters.remove(&(route, seq))),
+            Fact::DeadLetterRemoved { route, seq } => {
+                let last = self.last_letters.entry(route).or_default();
+                *last = seq.max(*last);
+                self.letters.remove(&(route, seq));
+            }
             Fact::RunDeleted { run } => drop(self.runs.remove(&run)),
         }
     }
@@ -310,7 +322,7 @@ impl Script {
             latest: self.now,
             ..Model::default()
         };
-        for _ in 0..1 + self.dice(6) {
+        for _ in 0..=self.dice(6) {
             let before = facts.len();
             self.step(model, &view, write, &mut facts);
             view.apply(&facts[before..]);
@@ -404,7 +416,9 @@ impl Script {
                 let cursor = cursor + self.dice(next - cursor + 1);
                 let beyond = (cursor + 1..next).filter(|_| self.dice(3) == 0).collect();
                 // Within a turn cursors may be told twice; they never go back.
-                let told = facts.iter().any(|f| matches!(f, Fact::OutboxConfirmed { .. }));
+                let told = facts
+                    .iter()
+                    .any(|f| matches!(f, Fact::OutboxConfirmed { .. }));
                 if !told {
                     facts.push(Fact::OutboxConfirmed {
                         output: id,
@@ -439,7 +453,11 @@ impl Script {
         if below == 0 || self.dice(3) > 0 {
             return Vec::new();
         }
-        let count = if self.dice(12) == 0 { 600 } else { 1 + self.dice(3) };
+        let count = if self.dice(12) == 0 {
+            600
+        } else {
+            1 + self.dice(3)
+        };
         (0..count)
             .map(|_| InputRange {
                 first: NodeIndex(self.dice(u64::from(below)) as u32),
@@ -455,7 +473,11 @@ impl Script {
         stored: &mut BTreeMap<PayloadRef, Bytes>,
         write: Write<'_>,
     ) -> Vec<CreatedNode> {
-        let count = if self.dice(10) == 0 { 40 } else { 1 + self.dice(4) as u32 };
+        let count = if self.dice(10) == 0 {
+            40
+        } else {
+            1 + self.dice(4) as u32
+        };
         (0..count)
             .map(|n| CreatedNode {
                 spec: SpecId(self.dice(3) as u32),

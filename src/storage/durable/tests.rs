@@ -65,7 +65,11 @@ fn commit(store: &mut Durable, id: u32) -> Result<(), StorageError> {
 
 #[test]
 fn the_store_on_disk_conforms() {
-    for (seed, window_ms, segment_bytes) in [(11, 1_000, 1 << 20), (12, 1, 256 << 10), (13, 20, 128 << 10)] {
+    for (seed, window_ms, segment_bytes) in [
+        (11, 1_000, 1 << 20),
+        (12, 1, 256 << 10),
+        (13, 20, 128 << 10),
+    ] {
         let options = DurableOptions {
             window_ms,
             segment_bytes,
@@ -109,7 +113,10 @@ fn a_newer_format_is_refused_without_a_write() {
     assert!(matches!(refused, Err(StorageError::Corrupt { .. })));
     std::fs::remove_file(&format).unwrap();
     let refused = Durable::open(&disk.path, disk.options);
-    assert!(matches!(refused, Err(StorageError::Corrupt { .. })), "never made anew");
+    assert!(
+        matches!(refused, Err(StorageError::Corrupt { .. })),
+        "never made anew"
+    );
     std::fs::write(&format, text).unwrap();
     disk.open();
 }
@@ -206,7 +213,11 @@ fn each_start_counts_where_nodes_came_from_and_the_log_stays_short() {
     }
     let segments = std::fs::read_dir(disk.path.join("log")).unwrap().count();
     assert!(segments <= 6, "{segments} segments for 200 KB of log");
-    assert_eq!(store.idle(0).unwrap(), Some(100), "the seal is still to come");
+    assert_eq!(
+        store.idle(0).unwrap(),
+        Some(100),
+        "the seal is still to come"
+    );
     store.flush().unwrap();
     assert_eq!(store.idle(100).unwrap(), None, "nothing is left to be done");
     assert_eq!(store.idle(100_000).unwrap(), None);
@@ -264,8 +275,14 @@ fn a_flipped_bit_in_a_sealed_log_is_refused() {
         std::fs::write(&segment, &bytes).unwrap();
         let mut store = disk.open();
         let result = store.load(&mut |_| {});
-        assert!(matches!(result, Err(StorageError::Corrupt { .. })), "byte {at}");
-        assert!(commit(&mut store, 1).is_err(), "nothing is taken after that");
+        assert!(
+            matches!(result, Err(StorageError::Corrupt { .. })),
+            "byte {at}"
+        );
+        assert!(
+            commit(&mut store, 1).is_err(),
+            "nothing is taken after that"
+        );
         drop(store);
         bytes[at] ^= 4;
     }
@@ -287,7 +304,10 @@ fn payloads_of_deleted_runs_give_their_room_back() {
     let (mut store, ..) = disk.loaded();
     let mut refs = Vec::new();
     for run in 1..=6u64 {
-        let at = store.payloads().write(vec![run as u8; 10_000].into()).unwrap();
+        let at = store
+            .payloads()
+            .write(vec![run as u8; 10_000].into())
+            .unwrap();
         refs.push(at);
         let node = CreatedNode {
             spec: SpecId(0),
@@ -307,17 +327,35 @@ fn payloads_of_deleted_runs_give_their_room_back() {
             event: 1,
             nodes: vec![node],
         }];
-        store.commit(StorageBatch { now: Timestamp(run), facts }).unwrap();
+        store
+            .commit(StorageBatch {
+                now: Timestamp(run),
+                facts,
+            })
+            .unwrap();
     }
-    let count = || std::fs::read_dir(disk.path.join("payloads")).unwrap().count();
+    let count = || {
+        std::fs::read_dir(disk.path.join("payloads"))
+            .unwrap()
+            .count()
+    };
     let before = count();
     for run in 1..=3u64 {
         let facts = vec![Fact::RunDeleted { run: RunSeq(run) }];
-        store.commit(StorageBatch { now: Timestamp(9), facts }).unwrap();
+        store
+            .commit(StorageBatch {
+                now: Timestamp(9),
+                facts,
+            })
+            .unwrap();
     }
     store.tidied_ms = 0;
     store.idle(0).unwrap();
-    assert!(count() < before, "{} of {before} segments are left", count());
+    assert!(
+        count() < before,
+        "{} of {before} segments are left",
+        count()
+    );
     let reader = store.reader();
     drop(store);
     drop(reader);

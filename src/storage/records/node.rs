@@ -231,7 +231,7 @@ pub(super) fn read_node(
     let [a, b, c] = reader.array::<3>()?;
     let flags = u32::from_le_bytes([a, b, c, 0]);
     let has = |bit: u32| flags & bit != 0;
-    let node = if has(flag::SAME_NODE) {
+    let index = if has(flag::SAME_NODE) {
         context.node
     } else {
         near(reader, context.node)?
@@ -305,7 +305,7 @@ pub(super) fn read_node(
     } else {
         None
     };
-    context.node = node;
+    context.node = index;
     context.event = event;
     context.spec = spec;
     context.parent = parent;
@@ -328,7 +328,7 @@ pub(super) fn read_node(
         cause,
         note,
     };
-    Ok((node, event, record))
+    Ok((index, event, record))
 }
 
 /// A node number written as its distance from another.

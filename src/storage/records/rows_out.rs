@@ -224,6 +224,10 @@ impl RowMaker {
                 if let Body::Stored(at) = &letter.body.body {
                     self.stored(at, letter_owner(*route, *seq));
                 }
+                // The number that was given last outlives its letter, so that no number is given twice.
+                self.in_parts(Table::DeadLetter, u64::from(route.0), 0, |out| {
+                    put_varint(out, *seq);
+                });
                 self.in_parts(
                     Table::DeadLetter,
                     u64::from(route.0),

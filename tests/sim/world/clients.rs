@@ -4,7 +4,7 @@ use super::*;
 
 impl World {
     pub(super) fn client(&mut self, at: usize) {
-        if self.finished(&self.jobs[at]) {
+        if Self::finished(&self.jobs[at]) {
             return;
         }
         let epoch = self.epoch;
@@ -134,7 +134,10 @@ impl World {
                 }
             }
             (Who::Resume(job), Reply::Done(results)) => match &results[0] {
-                Ok(()) => self.jobs[job].ended = None,
+                Ok(()) => {
+                    self.report.resumed += 1;
+                    self.jobs[job].ended = None;
+                }
                 Err(no) if no.code == Code::RunNotEnded => self.jobs[job].ended = None,
                 Err(no) => self.violation(format!("job {job} could not be resumed: {no}")),
             },
@@ -152,7 +155,7 @@ impl World {
                 Reply::Done(_),
             ) => {
                 if self.workers[worker].link == link {
-                    for held in items {
+                    for (held, _) in items {
                         self.workers[worker].unanswered.remove(&held);
                     }
                 }

@@ -70,7 +70,9 @@ impl World {
         if completions.is_empty() || !self.workers[at].connected {
             return;
         }
-        let items: Vec<Held> = completions.iter().map(|c| (c.node, c.attempt)).collect();
+        let items = (completions.iter())
+            .map(|c| ((c.node, c.attempt), counts(&c.end)))
+            .collect();
         let link = self.workers[at].link;
         let who = Who::Finish {
             worker: at,
