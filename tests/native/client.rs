@@ -119,6 +119,12 @@ async fn many_runs_of_two_workers_each_run_once() {
         })
         .collect();
     let client = world.client().await;
+    soon(async {
+        while client.status().await.expect("a status")["sessions"] != 2 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await;
     let leaf = spec("leaf");
     let submits = (0..3_000_u32).map(|n| Submit::call(&leaf, Data::json(&n)));
     let runs = client.submit_many(submits.collect()).await.expect("taken");

@@ -6,6 +6,7 @@
     reason = "each test program uses its part of it"
 )]
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -123,6 +124,8 @@ pub struct Raw {
     pub stream: TcpStream,
     pub buffer: BytesMut,
     next: u32,
+    /// What was pushed while an answer was waited for.
+    pushed: VecDeque<Frame>,
 }
 
 impl Raw {
@@ -134,6 +137,7 @@ impl Raw {
             stream,
             buffer: BytesMut::new(),
             next: 1,
+            pushed: VecDeque::new(),
         }
     }
 
@@ -170,6 +174,13 @@ impl Raw {
 
     /// The next frame. `None`: the broker has closed the connection.
     pub async fn receive(&mut self) -> Option<Frame> {
+        match self.pushed.pop_front() {
+            Some(frame) => Some(frame),
+            None => self.read().await,
+        }
+    }
+
+    async fn read(&mut self) -> Option<Frame> {
         loop {
             if let Some(frame) = frame::take(&mut self.buffer).expect("well formed") {
                 return Some(frame);
@@ -181,16 +192,17 @@ impl Raw {
         }
     }
 
-    /// Sends a request and waits for its answer; what is pushed meanwhile is dropped.
+    /// Sends a request and waits for its answer; what is pushed meanwhile is received later.
     pub async fn ask(&mut self, verb: Verb, body: &[u8]) -> Frame {
         let request = self.next;
         self.next += 1;
         self.send(verb, request, body).await;
         loop {
-            let frame = self.receive().await.expect("an answer");
+            let frame = self.read().await.expect("an answer");
             if frame.request == request || (frame.request == 0 && frame.verb == Verb::Error) {
                 return frame;
             }
+            self.pushed.push_back(frame);
         }
     }
 
