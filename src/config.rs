@@ -4,6 +4,7 @@
 //! option that is known but not built yet says so. Messages name the place, the key, the value and the way out. Nothing here opens
 //! anything: [`Config`] is plain data, and `config/broker.toml` shows all of it.
 
+mod effect;
 mod expression;
 mod routes;
 mod token;
@@ -21,7 +22,7 @@ pub use routes::{
     ArgumentPaths, Connection, Dedup, OnError, Output, OutputCodec, OutputMatch, OutputState,
     OutputTo, Route, RouteCodec, RouteFrom,
 };
-pub use token::{new_token, read as read_token, read_or_create as token, state_dir, token_file};
+pub use token::{new_token, read as read_token, read_or_create as token, state_dir, token_file, write as write_token};
 pub use units::{Listen, Period, Size};
 
 /// Everything that can be configured.
@@ -77,7 +78,7 @@ pub struct Leases {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Storage {
-    /// Size of a segment of the commit log.
+    /// Size of a segment of the commit log; the largest completion must fit into one. 64MiB to 1GiB.
     pub segment: Size,
     /// Facts stay in the log and in memory for about that long before the state store takes them.
     pub window: Period,

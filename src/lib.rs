@@ -10,10 +10,18 @@
 //! - [`config`], [`error`]: every option, every code.
 //! - [`server`]: composition, start and shutdown. [`cli`], [`commands`], [`demo`], [`mod@bench`]: what can be typed.
 
+pub mod bench;
+pub mod bridges;
 pub mod broker;
+pub mod cli;
 pub mod client;
+pub mod commands;
 pub mod config;
+pub mod demo;
 pub mod edge;
 pub mod engine;
 pub mod error;
+pub mod server;
 pub mod storage;
+pub mod telemetry;
+pub mod verify;

@@ -1,21 +1,21 @@
 //! The composition root: who is started with what, in which order, and stopped in the reverse one. Only this module knows everyone.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tracing::{error, info, warn};
 
 use crate::bridges::{self, Bridges};
-use crate::broker::settings::{OutputRule, Settings};
+use crate::broker::command::Rejection;
+use crate::broker::settings::Settings;
 use crate::cli;
 use crate::config::{self, Config, ConfigError, Listen, Override};
 use crate::edge::native::{self, Address, NativeOptions};
 use crate::engine::clock::Stopwatch;
 use crate::engine::{self, EngineOptions, Handle, StartError};
-use crate::storage::StorageError;
-use crate::storage::durable::{Durable, DurableOptions};
+use crate::storage::durable::{Durable, DurableOptions, Gauges};
+use crate::storage::{StorageError, sync_shim};
 
 /// Why a broker did not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -95,16 +95,7 @@ fn settings(config: &Config) -> Settings {
         max_open_nodes: limits.max_open_nodes,
         max_leases: limits.max_leases,
         max_outbox: limits.max_outbox,
-        outputs: config
-            .output
-            .iter()
-            .map(|output| OutputRule {
-                name: output.name.as_str().into(),
-                action: output.matches.action.clone(),
-                succeeded: output.matches.state.succeeded(),
-                failed: output.matches.state.failed(),
-            })
-            .collect(),
+        outputs: bridges::output_rules(config),
         ..Settings::default()
     }
 }
@@ -116,8 +107,7 @@ pub struct Serving {
     handle: Handle,
     thread: engine::EngineThread,
     native: native::NativeServer,
-    bridges: Bridges,
-    token_file: Option<PathBuf>,
+    bridges: Arc<Bridges>,
 }
 
 /// Starts everything. With `ready_stdout`, says so in one JSON line.
@@ -127,7 +117,7 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
     if !config.server.listen.is_local() {
         warn!(listen = %config.server.listen, "listening where other machines can reach it, without TLS: anybody on that network can read the token");
     }
-    let (token, token_file) = token(&config)?;
+    let (token, token_place) = token(&config)?;
     let data_dir = config.server.data_dir.clone();
     let options = EngineOptions {
         settings: settings(&config),
@@ -141,23 +131,30 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
         window_ms: config.storage.window.as_ms(),
         window_bytes: usize::try_from(config.storage.window_size.0).unwrap_or(usize::MAX),
         min_free_bytes: config.storage.min_free.0,
-        min_free_percent: config.storage.min_free_percent,
+        min_free_permille: u64::from(config.storage.min_free_percent) * 10,
         ..DurableOptions::default()
     };
     let opened = tokio::task::spawn_blocking(move || -> Result<_, ServeError> {
         let store = Durable::open(&data_dir, durable)?;
-        Ok(engine::spawn(store, options)?)
+        let gauges = store.gauges();
+        let (handle, thread, loaded) = engine::spawn(store, options)?;
+        Ok((handle, thread, loaded, gauges))
     });
-    let (handle, thread, loaded) = opened.await.map_err(|source| ServeError::Io { what: "opening the store".to_owned(), source: io::Error::other(source) })??;
-    let bridges = bridges::start(handle.clone(), &config);
+    let (handle, thread, loaded, gauges) = opened.await.map_err(|source| ServeError::Io { what: "opening the store".to_owned(), source: io::Error::other(source) })??;
+    let bridges = Arc::new(Bridges::start(&handle, &config));
     let address = match &config.server.listen {
         Listen::Tcp(address) => Address::Tcp(*address),
         Listen::Unix(path) => Address::Unix(path.clone()),
     };
-    let limits = native::Limits { connections: config.limits.max_connections, per_peer: config.limits.max_connections_per_peer, ..native::Limits::default() };
+    let limits = native::Limits {
+        connections: config.limits.max_connections,
+        connections_per_peer: config.limits.max_connections_per_peer,
+        ..native::Limits::default()
+    };
+    let extensions = Arc::new(Rest { bridges: Arc::clone(&bridges), gauges });
     let started = native::serve(
         handle.clone(),
-        NativeOptions { address: address.clone(), token: Some(Arc::clone(&token)), limits, extensions: bridges.extensions() },
+        NativeOptions { address: address.clone(), token: Some(Arc::clone(&token)), limits, extensions },
     )
     .await;
     let native = match started {
@@ -173,10 +170,9 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
         }
     };
     let url = native.local_address().to_string();
-    let token_file = match token_file {
-        Some(path) => Some(path),
-        None => leave_token(&config, native.local_address(), &token),
-    };
+    if token_place == TokenPlace::AfterBinding {
+        leave_token(native.local_address(), &token);
+    }
     let seconds = watch.elapsed_ms() as f64 / 1000.0;
     info!(url, from_sled = loaded.from_sled, from_log = loaded.from_log, seconds, "serving");
     if ready_stdout {
@@ -192,7 +188,7 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
             loaded.from_sled + loaded.from_log
         );
     }
-    Ok(Serving { url, handle, thread, native, bridges, token_file })
+    Ok(Serving { url, handle, thread, native, bridges })
 }
 
 impl Serving {
@@ -210,17 +206,10 @@ impl Serving {
 
     /// Stops everything in the reverse order: what has arrived is answered, the store is brought up to date.
     pub async fn stop(self) -> Result<(), ServeError> {
-        self.bridges.stop().await;
+        self.bridges.shutdown().await;
         self.native.shutdown().await;
         self.thread.stop();
-        let ended = tokio::task::spawn_blocking(move || self.thread.join()).await;
-        if let Some(path) = self.token_file {
-            // A token of a port that was only ours for a while.
-            if self.url.is_empty() {
-                drop(std::fs::remove_file(path));
-            }
-        }
-        match ended {
+        match tokio::task::spawn_blocking(move || self.thread.join()).await {
             Ok(result) => Ok(result?),
             Err(source) => Err(ServeError::Io { what: "the engine".to_owned(), source: io::Error::other(source) }),
         }
@@ -231,33 +220,58 @@ fn signal(kind: tokio::signal::unix::SignalKind) -> Result<tokio::signal::unix::
     tokio::signal::unix::signal(kind).map_err(|source| ServeError::Io { what: "cannot listen for signals".to_owned(), source })
 }
 
-/// The token, and the file that clients read it from if that is known already.
-fn token(config: &Config) -> Result<(Arc<str>, Option<PathBuf>), ServeError> {
+/// Whether clients have a file to read the token from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TokenPlace {
+    /// They were given it, or the file is there.
+    Known,
+    /// The file is named after a port that is not known yet.
+    AfterBinding,
+}
+
+fn token(config: &Config) -> Result<(Arc<str>, TokenPlace), ServeError> {
     if let Some(token) = std::env::var("DAGORAMA_TOKEN").ok().filter(|token| !token.is_empty()) {
-        return Ok((token.into(), Some(PathBuf::new())));
+        return Ok((token.into(), TokenPlace::Known));
     }
     let any_port = matches!(&config.server.listen, Listen::Tcp(address) if address.port() == 0);
     if any_port && config.server.token_file.is_none() {
         let token = config::new_token().map_err(|source| ServeError::Io { what: "cannot make a token".to_owned(), source })?;
-        return Ok((token, None));
+        return Ok((token, TokenPlace::AfterBinding));
     }
     let path = config.token_path();
-    let token = config::read_or_create(&path).map_err(|source| ServeError::Io { what: format!("token file {}", path.display()), source })?;
-    Ok((token, Some(path)))
+    let token = config::token(&path).map_err(|source| ServeError::Io { what: format!("token file {}", path.display()), source })?;
+    Ok((token, TokenPlace::Known))
 }
 
 /// Leaves the token where this user's clients look, for a port that was not known before.
-fn leave_token(config: &Config, address: &Address, token: &str) -> Option<PathBuf> {
-    let Address::Tcp(address) = address else { return None };
-    let mut server = config.server.clone();
-    server.listen = Listen::Tcp(*address);
-    let path = config::token_file(&server.listen);
-    match config::write_token(&path, token) {
-        Ok(()) => Some(path),
-        Err(error) => {
-            warn!(path = %path.display(), %error, "could not leave the token for clients: give them DAGORAMA_TOKEN");
-            None
-        }
+fn leave_token(address: &Address, token: &str) {
+    let Address::Tcp(address) = address else { return };
+    let path = config::token_file(&Listen::Tcp(*address));
+    if let Err(error) = config::write_token(&path, token) {
+        warn!(path = %path.display(), %error, "could not leave the token for clients: give them DAGORAMA_TOKEN");
+    }
+}
+
+/// What the native listener asks the rest of the server for.
+struct Rest {
+    bridges: Arc<Bridges>,
+    gauges: Arc<Gauges>,
+}
+
+impl native::Extensions for Rest {
+    fn bridges(&self) -> Value {
+        self.bridges.list()
+    }
+
+    fn dlq(&self, request: Value) -> dagorama_bridge_api::BoxFuture<'_, Result<Value, Rejection>> {
+        Box::pin(self.bridges.dlq(request))
+    }
+
+    fn status(&self) -> Value {
+        json!({
+            "log_position": self.gauges.log_position(), "sled_position": self.gauges.state_position(), "syncs": sync_shim::own_syncs(),
+            "sled_syncs": sync_shim::sled_syncs(), "heap_bytes": sync_shim::heap_bytes(), "parked": self.bridges.n_parked(),
+        })
     }
 }
 

@@ -67,7 +67,7 @@ impl Broker {
         RunSummary {
             run: run.id(),
             state: run.record.state,
-            root_state: run.state(root),
+            root_state: run.state(run.representative(root)),
             value_node: NodeIndex(run.representative(root)),
             action: Arc::clone(&self.world.specs.of(run.core(root).spec).action),
             round: run.record.round,
@@ -93,7 +93,7 @@ impl Broker {
             state,
             attempt: Attempt(core.attempt),
             parent: (core.parent != NONE).then_some(NodeIndex(core.parent)),
-            cause: run.cause(node),
+            cause: blamed(run, node),
             note: core.note,
         }
     }
@@ -196,6 +196,15 @@ impl Broker {
                 .collect(),
         )
     }
+}
+
+/// The node to blame: for one that handed over by a tail call, where that led.
+fn blamed(run: &Run, node: u32) -> Option<NodeIndex> {
+    let failed = matches!(run.state(node), NodeState::Failed | NodeState::Skipped);
+    if run.core(node).is_follower() && failed {
+        return Some(NodeIndex(run.blame(node)));
+    }
+    run.cause(node)
 }
 
 impl World {

@@ -30,6 +30,8 @@ use super::types::{
 };
 use super::{Broker, World};
 
+const REVOKED: &str = "the run was cancelled: stop working on it";
+
 /// What somebody says they hold.
 pub(super) struct Claim {
     pub node: NodeKey,
@@ -63,6 +65,14 @@ pub(super) fn standing(
         ))
     };
     let node = claim.node.node.0;
+    let proven = || claim.without_token || world.token(claim.node, claim.attempt) == claim.token;
+    let forged = "the token is not the one it was given";
+    if run.is_none() && world.revoked.get(&claim.node) == Some(&claim.attempt) {
+        if proven() {
+            return no(Code::LeaseRevoked, REVOKED);
+        }
+        return no(Code::LeaseUnknown, forged);
+    }
     let Some(run) = run.filter(|run| node < run.len()) else {
         return no(Code::LeaseUnknown, "there is no such node");
     };
@@ -70,8 +80,8 @@ pub(super) fn standing(
     if claim.attempt.0 == 0 || claim.attempt.0 > core.attempt {
         return no(Code::LeaseUnknown, "it never began");
     }
-    if !claim.without_token && world.token(claim.node, claim.attempt) != claim.token {
-        return no(Code::LeaseUnknown, "the token is not the one it was given");
+    if !proven() {
+        return no(Code::LeaseUnknown, forged);
     }
     let latest = claim.attempt.0 == core.attempt;
     if latest && core.stage == Stage::Leased && !run.record.cancelled {
@@ -90,10 +100,7 @@ pub(super) fn standing(
         );
     }
     if run.record.cancelled {
-        return no(
-            Code::LeaseRevoked,
-            "the run was cancelled: stop working on it",
-        );
+        return no(Code::LeaseRevoked, REVOKED);
     }
     no(
         Code::LeaseExpired,

@@ -11,29 +11,40 @@
 //!                 └▶ Tx: facts for the log, effects for after the commit
 //! ```
 //!
+//! Reading order: `settings` · `run` (nodes and edges of one run) · `spec`, `queue` (lanes) · `node` (creating) · `lease` (claims,
+//! tokens, dispatch) · `complete` · `retry` · `cascade` (what follows from an end) · `rounds` (cancel, resume, expire) · `worker`
+//! (sessions) · `timer` · `inbox`, `keys`, `outbox` · `explain` (questions) · `restore` · `check`.
+//!
 //! State is two things that can be borrowed apart: the runs, and the [`World`] they share (specs, lanes, sessions, timers, keys).
 //! *Base* state is what facts say, and changes only by absorbing a fact, live as on a restart. *Derived* state follows from it:
 //! handlers keep it up to date, `restore` computes it anew, and [`Broker::fingerprint`] lets tests compare the two.
 
 mod cascade;
 mod check;
+mod circle;
 pub mod command;
 mod complete;
 mod explain;
+#[cfg(test)]
+mod fixtures;
 mod inbox;
 mod keys;
 mod lease;
+#[cfg(test)]
+mod measure;
 mod node;
 mod outbox;
 pub mod outcome;
 mod queue;
-mod restore;
+pub mod restore;
 mod retry;
 mod rounds;
 mod run;
 #[cfg(test)]
+mod scenes;
+#[cfg(test)]
 mod self_check;
-mod settings;
+pub mod settings;
 mod spec;
 mod timer;
 pub mod types;
@@ -47,7 +58,7 @@ use outcome::{Fact, Tx};
 pub use restore::{CorruptStore, Restoring};
 use run::Run;
 pub use settings::{OutputRule, Settings};
-use types::{NameId, NodeKey, RunSeq, Spec, SpecId, Timestamp, Turn, WallTime};
+use types::{Attempt, NameId, NodeKey, RunSeq, Spec, SpecId, Timestamp, Turn, WallTime};
 
 /// Everything the broker knows.
 #[derive(Debug)]
@@ -82,6 +93,8 @@ struct World {
     unvisited: Vec<(u32, u32)>,
     /// Runs that ended in this command.
     ended: Vec<RunSeq>,
+    /// Latest attempts that were revoked by cancelling: their late outcomes are refused without loading the run again.
+    revoked: BTreeMap<NodeKey, Attempt>,
     /// Nodes of all runs that are not terminal.
     open_nodes: u64,
     /// Number of the latest bundle.
@@ -116,6 +129,7 @@ impl Broker {
                 doomed: BTreeSet::new(),
                 unvisited: Vec::new(),
                 ended: Vec::new(),
+                revoked: BTreeMap::new(),
                 open_nodes: 0,
                 bundle: 0,
                 native: Arc::from("native"),
@@ -185,18 +199,22 @@ impl Broker {
     }
 
     /// Runs that a command names and that are not resident but may exist: they have ended. The engine loads and
-    /// [adopts](Broker::adopt) them before it applies the command; a run that is not found is left out.
+    /// [adopts](Broker::adopt) them before it applies the command; a run that is not found is left out. Submitting needs none,
+    /// because keys name their run, and deleting needs none, because every run that is not resident has ended.
     pub fn needs(&self, command: &Command) -> Vec<RunSeq> {
         let mut needed = Vec::new();
         match command {
             Command::Finish(list) => {
-                let mut last = None;
+                let mut previous = None;
                 for completion in list {
                     let seq = completion.node.run;
-                    if last != Some(seq) && self.may_exist(seq) && !needed.contains(&seq) {
+                    if self.world.revoked.get(&completion.node) == Some(&completion.attempt) {
+                        continue;
+                    }
+                    if previous != Some(seq) && self.may_exist(seq) && !needed.contains(&seq) {
                         needed.push(seq);
                     }
-                    last = Some(seq);
+                    previous = Some(seq);
                 }
             }
             Command::CreateChildren(request) if self.may_exist(request.node.run) => {
@@ -333,3 +351,6 @@ impl World {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

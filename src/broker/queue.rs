@@ -265,14 +265,14 @@ impl World {
             .map_or((0, None), |spec| (spec.priority, spec.batch));
         self.lanes
             .set_rules(lane, runs_by, priority, batch, self.now);
-        let mut servers = 0;
+        let mut n_servers = 0;
         let spec = self.resolved(lane).cloned();
         for session in self.workers.sessions.values_mut() {
-            let serves = spec.as_ref().is_some_and(|spec| session.serves(spec));
-            session.mark_served(lane, serves);
-            servers += u32::from(serves && session.attached);
+            let may = spec.as_ref().is_some_and(|spec| session.serves(spec));
+            session.mark_served(lane, may);
+            n_servers += u32::from(may);
         }
-        self.lanes.set_servers(lane, servers, self.now);
+        self.lanes.set_servers(lane, n_servers, self.now);
     }
 }
 

@@ -5,6 +5,7 @@
 //! references. Resuming a run derives it by the same function, so the two cannot differ.
 
 use std::collections::BTreeSet;
+use std::collections::btree_map::Entry;
 
 use super::cascade::{connect, delay, watch};
 use super::node::child_likeness;
@@ -29,6 +30,8 @@ pub struct Restoring {
     damage: Option<String>,
     /// Runs whose nodes came without the run: they end later in the log, or else something is missing.
     orphans: BTreeSet<RunSeq>,
+    /// The newest run any fact was about: its number is not given again.
+    newest: RunSeq,
 }
 
 impl Restoring {
@@ -38,7 +41,13 @@ impl Restoring {
             broker: Broker::new(settings, lease_secret),
             damage: None,
             orphans: BTreeSet::new(),
+            newest: RunSeq(0),
         }
+    }
+
+    /// Sets the secret that lease tokens are derived from, for a store that tells it only once it has been read.
+    pub fn set_lease_secret(&mut self, lease_secret: [u8; 16]) {
+        self.broker.world.secret = lease_secret;
     }
 
     /// Takes the next fact.
@@ -46,15 +55,19 @@ impl Restoring {
         let runs = &mut self.broker.runs;
         match fact {
             Fact::Run { run, record } => {
+                self.newest = self.newest.max(run);
                 self.orphans.remove(&run);
-                let run = runs.entry(run).or_insert_with(|| {
-                    let mut run = Run::new(run, record.clone());
-                    run.draft = Some(Box::default());
-                    Box::new(run)
-                });
-                run.absorb_run(&record);
+                match runs.entry(run) {
+                    Entry::Vacant(place) => {
+                        let mut run = Run::new(run, record);
+                        run.draft = Some(Box::default());
+                        place.insert(Box::new(run));
+                    }
+                    Entry::Occupied(mut known) => known.get_mut().absorb_run(&record),
+                }
             }
             Fact::RunDeleted { run } => {
+                self.newest = self.newest.max(run);
                 self.orphans.remove(&run);
                 runs.remove(&run);
             }
@@ -92,12 +105,19 @@ impl Restoring {
         }
         let broker = &mut self.broker;
         broker.world.now = now;
-        let newest = broker.runs.last_key_value().map_or(0, |(seq, _)| seq.0);
-        broker.world.next_run = next_run.max(newest + 1).max(1);
+        broker.world.next_run = next_run.max(self.newest.0.saturating_add(1));
         broker.runs.retain(|_, run| !run.has_ended());
         for run in broker.runs.values_mut() {
             check(run, &broker.world)?;
             derive(run, &mut broker.world);
+            if run.n_open() == 0 {
+                return Err(CorruptStore {
+                    detail: format!(
+                        "run {:x}: all its nodes have ended and it has not",
+                        run.seq.0
+                    ),
+                });
+            }
         }
         Ok(self.broker)
     }
@@ -110,8 +130,8 @@ impl Broker {
             return Ok(());
         }
         let mut adopted: Option<Box<Run>> = None;
-        for fact in &facts {
-            match (fact, &mut adopted) {
+        for fact in facts {
+            match (&fact, &mut adopted) {
                 (Fact::Run { run, record }, None) if *run == seq => {
                     let mut run = Run::new(seq, record.clone());
                     run.draft = Some(Box::default());
@@ -228,12 +248,21 @@ fn check(run: &mut Run, world: &World) -> Result<(), CorruptStore> {
         }
     }
     for (node, references) in &draft.references {
-        if !within(references, n) {
+        if *node >= n || !within(references, n) {
             return no(format!("node {node} refers to one that does not exist"));
         }
     }
     if !run.chains_are_sound() {
         return no("its tail calls end nowhere".into());
+    }
+    let settled = |range: &InputRange| {
+        (range.first.0..range.first.0 + range.count)
+            .all(|node| run.state(node) == NodeState::Succeeded)
+    };
+    for (node, references) in &draft.references {
+        if run.core(*node).stage == Stage::Settling && references.iter().all(settled) {
+            return no(format!("node {node} settles and waits for nothing"));
+        }
     }
     run.draft = Some(draft);
     Ok(())

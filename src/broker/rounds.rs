@@ -2,9 +2,10 @@
 //!
 //! Cancelling is one fact: the run's flag, from which the states of its open nodes derive (G9), so it costs the same for a million
 //! nodes. Resuming begins the next round: failed, skipped and cancelled nodes open again, with the newest code; succeeded ones keep
-//! their outcome. A body that has ended with a promise is not run again: it waits for what it refers to.
+//! their outcome. A body that has ended with a promise is not run again: it waits for what it refers to, unless that would wait for
+//! it (see [`circle`]).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::command::{Code, Rejection};
@@ -13,10 +14,10 @@ use super::restore::derive;
 use super::retry::revoke;
 use super::run::{Body, NONE, Run, STATES, Stage};
 use super::types::{
-    BodyEnd, NodeRecord, NodeState, Note, Progress, RunId, RunSeq, RunState, Spec, SpecId,
-    Timestamp,
+    Attempt, BodyEnd, NodeIndex, NodeKey, NodeRecord, NodeState, Note, Progress, RunId, RunSeq,
+    RunState, Spec, SpecId, Timestamp,
 };
-use super::{Broker, World};
+use super::{Broker, World, circle};
 
 impl Broker {
     pub(super) fn on_cancel(
@@ -73,14 +74,19 @@ impl Broker {
         record.cancel_reason = Arc::clone(&world.nothing);
         record.ended = None;
         record.state = RunState::Running;
+        let again = circle::to_run_again(run);
+        if !again.is_empty() {
+            run.lengthen_chains();
+        }
         run.write_run(tx, record);
         let mut newest = BTreeMap::new();
         for node in 0..run.len() {
-            if let Some(record) = reopened(run, world, tx, &mut newest, node) {
+            if let Some(record) = reopened(run, world, tx, &mut newest, node, &again) {
                 run.write(tx, node, record);
             }
         }
         derive(run, world);
+        world.forget_revoked(id.seq);
         Ok(())
     }
 
@@ -98,6 +104,7 @@ impl Broker {
             return no(Code::RunNotEnded, "still owes a delivery");
         }
         self.runs.remove(&seq);
+        world.forget_revoked(seq);
         world.expire_keys_of(tx, seq);
         tx.facts.push(Fact::RunDeleted { run: seq });
         Ok(())
@@ -130,6 +137,10 @@ fn leave(run: &mut Run, world: &mut World, tx: &mut Tx, node: u32) {
         Stage::Leased => {
             revoke(run, world, tx, node);
             world.close_lease(key, open.session);
+            world.revoked.insert(key, Attempt(core.attempt));
+            while world.revoked.len() > world.settings.max_leases {
+                world.revoked.pop_first();
+            }
         }
         _ if open.doom != NONE => {
             world.doomed.remove(&key);
@@ -150,13 +161,20 @@ fn reopened(
     tx: &mut Tx,
     newest: &mut BTreeMap<u32, SpecId>,
     node: u32,
+    again: &BTreeSet<u32>,
 ) -> Option<NodeRecord> {
     let core = *run.core(node);
-    if core.stage == Stage::Succeeded || core.is_follower() {
+    let runs_again = again.contains(&node);
+    if core.stage == Stage::Succeeded || (core.is_follower() && !runs_again) {
         return None;
     }
-    let mut record = run.node_record(node);
-    let settles = core.body == Body::Structure;
+    let before = if core.is_follower() {
+        None
+    } else {
+        Some(run.node_record(node))
+    };
+    let mut record = before.clone().unwrap_or_else(|| run.unfollowed(node));
+    let settles = core.body == Body::Structure && !runs_again;
     record.progress = if settles {
         Progress::Settling
     } else {
@@ -172,7 +190,7 @@ fn reopened(
     record.failures = 0;
     record.losses = 0;
     record.cause = None;
-    if record == run.node_record(node) {
+    if Some(&record) == before.as_ref() {
         return None;
     }
     record.round = run.record.round;
@@ -181,6 +199,15 @@ fn reopened(
 }
 
 impl World {
+    fn forget_revoked(&mut self, run: RunSeq) {
+        let (first, last) = (NodeIndex(0), NodeIndex(u32::MAX));
+        let of_run = NodeKey::new(run, first)..=NodeKey::new(run, last);
+        while let Some((key, _)) = self.revoked.range(of_run.clone()).next() {
+            let key = *key;
+            self.revoked.remove(&key);
+        }
+    }
+
     /// The same spec with the code that was announced last for its action.
     fn newest(&mut self, tx: &mut Tx, id: u32) -> SpecId {
         let spec = Arc::clone(self.specs.of(id));

@@ -2,112 +2,21 @@
 //! have no gap. At the end, with workers present and faults over, every run ends (I22).
 //!
 //! Faults: commands repeated, late, forged or for what is gone; sessions that fall silent, detach, close, come back; restarts at
-//! any command. The seed decides everything and is in every message.
+//! any command. The seed decides everything and is in every message. `SEED=7` runs one, `SEEDS=5000` that many.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use bytes::Bytes;
-
 use super::command::*;
+use super::fixtures::{Chance, payload, refusals, run_of, specs};
 use super::outcome::*;
 use super::types::*;
 use super::{Broker, OutputRule, Restoring, Settings};
 
-pub(super) struct Chance(pub u64);
-
-impl Chance {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n.max(1)
-    }
-    fn pick<'a, T>(&mut self, list: &'a [T]) -> Option<&'a T> {
-        if list.is_empty() {
-            None
-        } else {
-            Some(&list[self.below(list.len() as u64) as usize])
-        }
-    }
-}
-
-pub(super) fn payload(text: &str) -> Payload {
-    Payload {
-        codec: Codec::Json,
-        body: Body::Inline(Bytes::copy_from_slice(text.as_bytes())),
-    }
-}
-
-pub(super) fn spec(action: &str) -> Spec {
-    Spec {
-        action: action.into(),
-        queue: "default".into(),
-        taint: None,
-        priority: 0,
-        retry: Retry::default(),
-        timeout_ms: None,
-        fingerprint: None,
-        pin_code: false,
-        batch: None,
-        by_name: false,
-    }
-}
-
-fn specs() -> Vec<Arc<Spec>> {
-    let retry = Retry {
-        max_attempts: 3,
-        max_losses: 2,
-        delay_ms: 50,
-        ..Retry::default()
-    };
-    [
-        spec("plain"),
-        Spec {
-            retry,
-            ..spec("again")
-        },
-        Spec {
-            priority: 5,
-            taint: Some("gpu".into()),
-            ..spec("urgent")
-        },
-        Spec {
-            timeout_ms: Some(500),
-            retry,
-            ..spec("timed")
-        },
-        Spec {
-            batch: Some(Batch {
-                max_size: 3,
-                max_wait_ms: 40,
-            }),
-            ..spec("bundled")
-        },
-        Spec {
-            by_name: true,
-            ..spec("plain")
-        },
-        Spec {
-            fingerprint: Some("v1".into()),
-            pin_code: true,
-            ..spec("pinned")
-        },
-        Spec {
-            fingerprint: Some("v1".into()),
-            ..spec("coded")
-        },
-    ]
-    .map(Arc::new)
-    .to_vec()
-}
-
 struct Play {
     broker: Broker,
+    /// Gets the same commands, but ended runs are adopted when nobody asked for it: that must change nothing.
+    twin: Broker,
     settings: Settings,
     facts: Vec<Fact>,
     events: BTreeMap<RunSeq, u64>,
@@ -149,6 +58,7 @@ impl Play {
         };
         Self {
             broker: Broker::new(settings.clone(), SECRET),
+            twin: Broker::new(settings.clone(), SECRET),
             settings,
             facts: Vec::new(),
             events: BTreeMap::new(),
@@ -175,22 +85,30 @@ impl Play {
     fn apply(&mut self, command: Command) -> Reply {
         self.commands += 1;
         for seq in self.broker.needs(&command) {
-            let facts: Vec<Fact> = self
-                .facts
-                .iter()
-                .filter(|fact| run_of(fact) == Some(seq))
-                .cloned()
-                .collect();
-            let deleted = facts
-                .iter()
-                .any(|fact| matches!(fact, Fact::RunDeleted { .. }));
-            if !deleted {
-                self.broker.adopt(seq, facts).unwrap();
-            }
+            let facts = self.facts_of(seq);
+            self.broker.adopt(seq, facts.clone()).unwrap();
+            self.twin.adopt(seq, facts).unwrap();
+        }
+        if self.chance.below(3) == 0 {
+            let seq = RunSeq(1 + self.chance.below(self.broker.world.next_run));
+            self.twin.adopt(seq, self.facts_of(seq)).unwrap();
         }
         let turn = self.turn();
         let mut tx = Tx::default();
-        let reply = self.broker.apply(&mut tx, turn, command);
+        let mut twin_tx = Tx::default();
+        let reply = self.broker.apply(&mut tx, turn, command.clone());
+        let twin_reply = self.twin.apply(&mut twin_tx, turn, command);
+        assert_eq!(
+            reply, twin_reply,
+            "adopting changes no reply, seed {}",
+            self.seed
+        );
+        assert_eq!(tx.facts, twin_tx.facts, "nor a fact, seed {}", self.seed);
+        assert_eq!(
+            tx.effects, twin_tx.effects,
+            "nor an effect, seed {}",
+            self.seed
+        );
         for fact in &tx.facts {
             let (run, event, n) = match fact {
                 Fact::Nodes {
@@ -216,6 +134,21 @@ impl Play {
         reply
     }
 
+    /// What the store would load of a run; nothing of a deleted one.
+    fn facts_of(&self, seq: RunSeq) -> Vec<Fact> {
+        let facts: Vec<Fact> = self
+            .facts
+            .iter()
+            .filter(|fact| run_of(fact) == Some(seq))
+            .cloned()
+            .collect();
+        let deleted = |fact: &Fact| matches!(fact, Fact::RunDeleted { .. });
+        if facts.iter().any(deleted) {
+            return Vec::new();
+        }
+        facts
+    }
+
     fn rebuilt(&self) -> Broker {
         let mut restoring = Restoring::new(self.settings.clone(), SECRET);
         for fact in &self.facts {
@@ -228,7 +161,24 @@ impl Play {
         broker
     }
 
-    fn compare(&self) {
+    /// What a start reads: what sled has of open runs and the world, then the end of the log, part of which sled has already.
+    fn reloaded(&mut self) -> Broker {
+        let open: BTreeSet<RunSeq> = self.broker.runs.keys().copied().collect();
+        let mut restoring = Restoring::new(self.settings.clone(), SECRET);
+        for fact in &self.facts {
+            if run_of(fact).is_none_or(|run| open.contains(&run)) {
+                restoring.absorb(fact.clone());
+            }
+        }
+        let from = self.chance.below(self.facts.len() as u64 + 1) as usize;
+        for fact in &self.facts[from..] {
+            restoring.absorb(fact.clone());
+        }
+        let next_run = self.broker.world.next_run;
+        restoring.finish(self.broker.world.now, next_run).unwrap()
+    }
+
+    fn compare(&mut self) {
         let (mine, other) = (self.broker.fingerprint(), self.rebuilt().fingerprint());
         if mine != other {
             for (a, b) in mine.lines().zip(other.lines()) {
@@ -239,6 +189,16 @@ impl Play {
                 );
             }
             panic!("live and rebuilt differ in length, seed {}", self.seed);
+        }
+        if self.chance.below(4) == 0 {
+            let reloaded = self.reloaded();
+            reloaded.check_invariants();
+            assert_eq!(
+                mine,
+                reloaded.fingerprint(),
+                "facts may be repeated, seed {}",
+                self.seed
+            );
         }
     }
 
@@ -285,7 +245,7 @@ impl Play {
         let nodes = self.new_nodes(n, &[]);
         let key = (self.chance.below(3) == 0).then(|| SubmissionKey {
             hash: KeyHash(self.chance.below(6).into()),
-            content: self.chance.below(2),
+            content: 1 + self.chance.below(2),
         });
         let route: Arc<str> = "in".into();
         let origin = match self.chance.below(6) {
@@ -326,7 +286,7 @@ impl Play {
         self.broker.runs.get(&key.run).map_or(Vec::new(), |run| {
             (0..run.len())
                 .filter(|node| {
-                    run.core(*node).parent == key.node.0 || run.state(*node).is_terminal()
+                    run.core(*node).parent == key.node.0 || run.state(*node) == NodeState::Succeeded
                 })
                 .map(NodeIndex)
                 .collect()
@@ -411,18 +371,41 @@ impl Play {
         let command = Command::Finish(list);
         self.done.push(command.clone());
         self.apply(command);
-        if self.chance.below(4) == 0
+        if self.chance.below(3) == 0
             && let Some(again) = self.chance.pick(&self.done).cloned()
         {
-            let before = self.facts.len();
-            let reply = self.apply(again);
-            let all_no = refusals(&reply).len()
-                == match &reply {
-                    Reply::Done(list) => list.len(),
-                    _ => 0,
-                };
-            let _ = (before, all_no);
+            self.repeat(again);
         }
+    }
+
+    /// A repetition gets the first answer; with another outcome it is a conflict, as long as nothing newer began.
+    fn repeat(&mut self, command: Command) {
+        let Command::Finish(mut list) = command else {
+            return;
+        };
+        let outcomes = self.count_outcomes();
+        self.apply(Command::Finish(list.clone()));
+        assert_eq!(
+            outcomes,
+            self.count_outcomes(),
+            "G2 applied once, seed {}",
+            self.seed
+        );
+        for completion in &mut list {
+            completion.digest ^= 0x10;
+        }
+        self.apply(Command::Finish(list));
+        assert_eq!(
+            outcomes,
+            self.count_outcomes(),
+            "G2 applied once, seed {}",
+            self.seed
+        );
+    }
+
+    fn count_outcomes(&self) -> usize {
+        let is_outcome = |fact: &&Fact| matches!(fact, Fact::Outcome { .. });
+        self.facts.iter().filter(is_outcome).count()
     }
 
     fn flush(&mut self) {
@@ -585,6 +568,7 @@ impl Play {
             }
             35 => {
                 self.broker = self.rebuilt();
+                self.twin = self.rebuilt();
             }
             _ => {
                 self.now += self.chance.below(120);
@@ -659,28 +643,12 @@ impl Play {
     }
 }
 
-fn refusals(reply: &Reply) -> Vec<Rejection> {
-    match reply {
-        Reply::Submitted(list) => list.iter().filter_map(|r| r.clone().err()).collect(),
-        Reply::Done(list) => list.iter().filter_map(|r| r.clone().err()).collect(),
-        Reply::Created(result) => result.clone().err().into_iter().collect(),
-        Reply::Attached(_) => vec![],
-    }
-}
-
-fn run_of(fact: &Fact) -> Option<RunSeq> {
-    match fact {
-        Fact::Run { run, .. } | Fact::Nodes { run, .. } | Fact::RunDeleted { run } => Some(*run),
-        Fact::Node { node, .. } | Fact::Outcome { node, .. } => Some(node.run),
-        _ => None,
-    }
-}
-
 #[test]
 fn random_commands_keep_every_invariant_and_the_rebuild_equal() {
-    let seeds: Vec<u64> = match std::env::var("SEED") {
-        Ok(seed) => vec![seed.parse().unwrap()],
-        Err(_) => (0..250).collect(),
+    let number = |name| std::env::var(name).ok().and_then(|n| n.parse().ok());
+    let seeds: Vec<u64> = match number("SEED") {
+        Some(seed) => vec![seed],
+        None => (0..number("SEEDS").unwrap_or(200)).collect(),
     };
     let mut refused: BTreeMap<&str, u64> = BTreeMap::new();
     let mut commands = 0;

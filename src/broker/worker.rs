@@ -168,9 +168,9 @@ impl World {
             let serves = spec.is_some_and(|spec| session.serves(&spec));
             if before != serves {
                 session.mark_served(lane, serves);
-                let servers = self.lanes.get(lane).servers;
-                let servers = if serves { servers + 1 } else { servers - 1 };
-                self.lanes.set_servers(lane, servers, self.now);
+                let n = self.lanes.get(lane).servers;
+                let n = if serves { n + 1 } else { n - 1 };
+                self.lanes.set_servers(lane, n, self.now);
             }
         }
     }

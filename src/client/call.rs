@@ -117,7 +117,9 @@ impl std::fmt::Debug for Call {
 
 impl Call {
     pub(super) fn new(link: Link, mut lease: codec::Lease, spec: Arc<Spec>) -> Self {
-        let n_delivered = delivered(&lease.ranges).map(|range| range.count).sum::<u32>();
+        let n_delivered = delivered(&lease.ranges)
+            .map(|range| range.count)
+            .sum::<u32>();
         let inline = std::mem::take(&mut lease.inline);
         let inputs = (inline.len() == n_delivered as usize)
             .then(|| inline.into_iter().map(Outcome::from_wire).collect());

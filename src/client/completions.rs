@@ -159,7 +159,9 @@ impl Credit {
             0 => 0,
             ns => (AHEAD_NS / ns).saturating_mul(self.slots),
         };
-        self.slots.saturating_add(ahead).min(MAX_CREDIT.max(self.slots))
+        self.slots
+            .saturating_add(ahead)
+            .min(MAX_CREDIT.max(self.slots))
     }
 
     /// Calls have ended (a bundle is one).
@@ -204,7 +206,11 @@ mod tests {
             ("ten calls of 5 ms", 1, 5, 11),
         ] {
             let credit = Credit::new(slots);
-            assert_eq!(credit.begin_again(0), slots as u32, "{name}: nothing is known");
+            assert_eq!(
+                credit.begin_again(0),
+                slots as u32,
+                "{name}: nothing is known"
+            );
             credit.observe(1, run_ms * 1_000_000);
             credit.ended(slots as u64);
             assert_eq!(credit.top_up(), expected, "{name}");

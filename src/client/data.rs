@@ -320,7 +320,12 @@ mod tests {
             ),
             (
                 "backwards, twice and in another list",
-                vec![new(1).value(), new(0).value(), new(0).value(), old(1).value()],
+                vec![
+                    new(1).value(),
+                    new(0).value(),
+                    new(0).value(),
+                    old(1).value(),
+                ],
                 vec![
                     range(1, 1, InputUse::Value, true),
                     range(0, 1, InputUse::Value, true),
@@ -335,7 +340,10 @@ mod tests {
 
     #[test]
     fn data_says_what_it_is() {
-        assert_eq!(Data::json(&[1, 2]).to_json::<Vec<u8>>().expect("a list"), [1, 2]);
+        assert_eq!(
+            Data::json(&[1, 2]).to_json::<Vec<u8>>().expect("a list"),
+            [1, 2]
+        );
         assert!(Data::json(&"text").to_json::<u8>().is_err());
         assert!(Data::raw("1").to_json::<u8>().is_err());
     }

@@ -23,6 +23,8 @@ use crate::edge::native::json::{self, Hello, No, Welcome};
 const WRITE_QUEUE_BYTES: usize = 8 * 1024 * 1024;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Until the broker has said how often it wants to hear.
+const FIRST_HEARTBEAT: Duration = Duration::from_millis(100);
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What gets what the broker pushes. Called on the reading task, one call after the other.
@@ -114,7 +116,7 @@ impl Link {
                 specs: Vec::new(),
                 outgoing: None,
                 session: None,
-                heartbeat: Duration::from_secs(10),
+                heartbeat: FIRST_HEARTBEAT,
                 over: None,
             }),
             close: watch::Sender::new(false),
@@ -428,7 +430,9 @@ impl Link {
         loop {
             while let Some(frame) = frame::take(&mut buffer)? {
                 match frame.verb {
-                    Verb::Reply | Verb::Error if frame.request != 0 => self.answered(frame, push)?,
+                    Verb::Reply | Verb::Error if frame.request != 0 => {
+                        self.answered(frame, push)?;
+                    }
                     Verb::Error => return Err(no(&frame.body)),
                     _ => push.frame(self, frame)?,
                 }
@@ -549,4 +553,3 @@ fn welcome(frame: &Frame) -> Result<Welcome, Attempt> {
         )))),
     }
 }
-

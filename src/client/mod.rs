@@ -33,7 +33,9 @@ pub use worker::{Report, Worker, WorkerBuilder};
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ClientError {
     /// The URL is not one.
-    #[error("{0:?} is no address of a broker: it looks like dagorama://127.0.0.1:7373 or dagorama+unix:///path")]
+    #[error(
+        "{0:?} is no address of a broker: it looks like dagorama://127.0.0.1:7373 or dagorama+unix:///path"
+    )]
     Url(String),
     /// Nobody answers there.
     #[error("no broker answers at {url}: {detail}; start one with `dagorama serve`")]
@@ -54,7 +56,9 @@ pub enum ClientError {
         retryable: bool,
     },
     /// The connection broke before the answer, and repeating the request might do it twice: it may or may not have been done.
-    #[error("the connection broke before the answer: the request may have been done or not (give it a key to make repeating safe)")]
+    #[error(
+        "the connection broke before the answer: the request may have been done or not (give it a key to make repeating safe)"
+    )]
     Unanswered,
     /// The client was closed.
     #[error("the client was closed")]

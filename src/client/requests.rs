@@ -1,5 +1,6 @@
 //! The client: starts runs, waits for them, reads outcomes, and asks about everything.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use tokio::sync::oneshot;
 
 use super::ClientError;
 use super::data::{Outcome, Submit, Waited, id, state};
-use super::link::{Link, Nothing, no};
+use super::link::{Asked, Link, Nothing, no};
 use crate::broker::types::{InputUse, RunId, RunSeq};
 use crate::edge::native::codec::{self, Range, Submitted};
 use crate::edge::native::frame::Verb;
@@ -18,6 +19,8 @@ use crate::edge::native::json::{self, Hello, Kind};
 
 /// Submissions of one frame.
 const FRAME_ITEMS: usize = 1_024;
+/// Frames of submissions that are sent before the first is answered.
+const FRAMES_AT_ONCE: usize = 64;
 /// Bytes after which a frame of submissions is sent.
 const FRAME_BYTES: usize = 1024 * 1024;
 
@@ -78,44 +81,40 @@ impl Client {
         submits: Vec<Submit>,
     ) -> Result<Vec<Result<RunId, ClientError>>, ClientError> {
         let total = submits.len();
-        let mut asked = Vec::new();
+        let mut asked: VecDeque<Asked> = VecDeque::new();
+        let mut runs = Vec::with_capacity(total);
         let mut batch = Batch::default();
         for submit in submits {
             // A key makes a repetition safe; one submission without makes its frame unsafe to repeat.
             batch.repeatable &= submit.key.is_some();
             batch.add(self.link(), &submit)?;
             if batch.n as usize >= FRAME_ITEMS || batch.bytes.len() >= FRAME_BYTES {
-                asked.push(std::mem::take(&mut batch).send(self.link()));
+                asked.push_back(std::mem::take(&mut batch).send(self.link()));
                 self.link().room().await;
+            }
+            // The broker refuses what is too much at once.
+            if asked.len() >= FRAMES_AT_ONCE
+                && let Some(first) = asked.pop_front()
+            {
+                submitted(first, &mut runs).await?;
             }
         }
         if batch.n > 0 {
-            asked.push(batch.send(self.link()));
+            asked.push_back(batch.send(self.link()));
         }
-        let mut runs = Vec::with_capacity(total);
         for asked in asked {
-            for item in codec::decode_submitted(asked.body().await?)? {
-                runs.push(match item {
-                    Submitted::Run { seq, salt, .. } => Ok(RunId {
-                        seq: RunSeq(seq),
-                        salt,
-                    }),
-                    Submitted::Refused(reason) => Err(no(&reason)),
-                });
-            }
+            submitted(asked, &mut runs).await?;
         }
         Ok(runs)
     }
 
     /// Waits for the value of a run; without a timeout, until it is known.
-    pub async fn wait(
-        &self,
-        run: RunId,
-        timeout: Option<Duration>,
-    ) -> Result<Waited, ClientError> {
+    pub async fn wait(&self, run: RunId, timeout: Option<Duration>) -> Result<Waited, ClientError> {
         let timeout_ms = match timeout {
             None => 0,
-            Some(timeout) => u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX).max(1),
+            Some(timeout) => u32::try_from(timeout.as_millis())
+                .unwrap_or(u32::MAX)
+                .max(1),
         };
         let wait = codec::Wait {
             seq: run.seq.0,
@@ -247,6 +246,23 @@ impl Client {
     }
 }
 
+/// Waits for the answer to a frame of submissions.
+async fn submitted(
+    asked: Asked,
+    runs: &mut Vec<Result<RunId, ClientError>>,
+) -> Result<(), ClientError> {
+    for item in codec::decode_submitted(asked.body().await?)? {
+        runs.push(match item {
+            Submitted::Run { seq, salt, .. } => Ok(RunId {
+                seq: RunSeq(seq),
+                salt,
+            }),
+            Submitted::Refused(reason) => Err(no(&reason)),
+        });
+    }
+    Ok(())
+}
+
 /// Reads outcomes; all frames of the answer.
 pub(super) async fn fetch(
     link: &Link,
@@ -308,7 +324,7 @@ impl Batch {
         Ok(())
     }
 
-    fn send(self, link: &Link) -> super::link::Asked {
+    fn send(self, link: &Link) -> Asked {
         link.ask(Verb::Submit, self.repeatable, |out| {
             out.extend_from_slice(&self.n.to_le_bytes());
             out.extend_from_slice(&self.bytes);

@@ -3,7 +3,7 @@
 //! Plain handlers run at once on the reading task, without a task or a lock of their own: for short computations. Async handlers
 //! run on tasks, at most `slots` at a time. A call that is revoked is aborted, if it is a task. A handler that panics has failed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
@@ -64,7 +64,6 @@ pub struct Worker;
 
 impl Worker {
     /// Describes a worker.
-    #[must_use]
     pub fn builder(url: &str, token: Option<&str>) -> WorkerBuilder {
         WorkerBuilder {
             url: url.to_owned(),
@@ -139,7 +138,8 @@ impl WorkerBuilder {
         O: Future<Output = Result<Returned, Failure>> + Send + 'static,
     {
         let handler: Arc<Async> = Arc::new(move |call| Box::pin(handler(call)));
-        self.actions.push((Arc::clone(spec), Handler::Async(handler)));
+        self.actions
+            .push((Arc::clone(spec), Handler::Async(handler)));
         self
     }
 
@@ -345,11 +345,27 @@ impl Push for Running {
         let finishing = link.finishing();
         let mut lost = Batch::default();
         let n_held = {
-            let held = self.shared.held();
+            let mut held = self.shared.held();
+            let kept: HashSet<AttemptName> = welcome
+                .leases
+                .iter()
+                .map(|&(run, node, attempt)| AttemptName { run, node, attempt })
+                .collect();
+            held.retain(|name, task| {
+                let is_kept = kept.contains(name);
+                if let (false, Some(task)) = (is_kept, &task) {
+                    // Its lease ended while the connection was broken: nobody wants to know its outcome.
+                    task.abort();
+                }
+                is_kept || task.is_none()
+            });
             for &(run, node, attempt) in &welcome.leases {
                 let name = AttemptName { run, node, attempt };
                 if !held.contains_key(&name) && !finishing.contains(&name) {
-                    debug!(run, node, attempt, "a lease that never arrived is given back");
+                    debug!(
+                        run,
+                        node, attempt, "a lease that never arrived is given back"
+                    );
                     lost.add(&released(name));
                 }
             }
@@ -467,8 +483,7 @@ impl Running {
                 Handler::Bundle(handler) => {
                     let batch = lease.batch;
                     let mut calls = vec![Call::new(link.clone(), lease, Arc::clone(&spec))];
-                    while let Some(next) =
-                        leases.next_if(|next| batch != 0 && next.batch == batch)
+                    while let Some(next) = leases.next_if(|next| batch != 0 && next.batch == batch)
                     {
                         calls.push(Call::new(link.clone(), next, Arc::clone(&spec)));
                     }
@@ -557,7 +572,10 @@ impl Running {
 }
 
 fn observe(credit: &Credit, began: Instant) {
-    credit.observe(1, u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX));
+    credit.observe(
+        1,
+        u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX),
+    );
 }
 
 fn run_plain(handler: &Plain, call: &mut Call) -> Ended {
@@ -568,7 +586,10 @@ fn run_plain(handler: &Plain, call: &mut Call) -> Ended {
 }
 
 fn children(call: &Call) -> Vec<codec::Node> {
-    call.recorded.as_ref().map(Recorded::take).unwrap_or_default()
+    call.recorded
+        .as_ref()
+        .map(Recorded::take)
+        .unwrap_or_default()
 }
 
 fn panicked() -> Failure {
@@ -612,7 +633,9 @@ impl Reporting {
         }
         for (lease, recorded) in self.leases.drain(..) {
             let result = results.next().unwrap_or_else(|| {
-                Err(Failure::fatal("the batch handler returned fewer results than it had calls"))
+                Err(Failure::fatal(
+                    "the batch handler returned fewer results than it had calls",
+                ))
             });
             self.shared
                 .completed(&self.link, &lease, recorded.take(), result.into());

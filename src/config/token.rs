@@ -53,14 +53,32 @@ pub fn read_or_create(path: &Path) -> io::Result<Arc<str>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         other => return other,
     }
+    let token = new_token()?;
+    let draft = write_draft(path, &token)?;
+    // Complete under another name, then linked: a client never reads half a token, and of two starters one wins.
+    let linked = fs::hard_link(&draft, path);
+    fs::remove_file(&draft)?;
+    match linked {
+        Ok(()) => Ok(token),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => read(path),
+        Err(error) => Err(error),
+    }
+}
+
+/// Puts a token where clients look, in place of what was there: for a port that was only known once it was bound.
+pub fn write(path: &Path, token: &str) -> io::Result<()> {
+    let draft = write_draft(path, token)?;
+    fs::rename(&draft, path)
+}
+
+/// The token in a file of its own beside `path`, readable by the owner only.
+fn write_draft(path: &Path, token: &str) -> io::Result<PathBuf> {
     if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(dir)?;
     }
-    // Complete under another name, then linked: a client never reads half a token, and of two starters one wins.
-    let token = new_token()?;
     let draft = path.with_extension(format!("token.{}", std::process::id()));
     let _ = fs::remove_file(&draft);
     let mut file = fs::OpenOptions::new()
@@ -70,13 +88,7 @@ pub fn read_or_create(path: &Path) -> io::Result<Arc<str>> {
         .open(&draft)?;
     file.write_all(token.as_bytes())?;
     file.write_all(b"\n")?;
-    let linked = fs::hard_link(&draft, path);
-    fs::remove_file(&draft)?;
-    match linked {
-        Ok(()) => Ok(token),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => read(path),
-        Err(error) => Err(error),
-    }
+    Ok(draft)
 }
 
 /// The token in `path`.

@@ -18,7 +18,7 @@ pub struct Period(pub Duration);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
-/// Where to listen: "127.0.0.1:7373" or "unix:/path/to.sock".
+/// Where to listen: `127.0.0.1:7373` or `unix:/path/to.sock`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Listen {
     /// An IP address and port; port 0 lets the system choose.
@@ -111,7 +111,7 @@ impl fmt::Display for Period {
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (unit, name) in [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")] {
-            if self.0 >= unit && self.0 % unit == 0 {
+            if self.0 >= unit && self.0.is_multiple_of(unit) {
                 return write!(f, "{}{name}", self.0 / unit);
             }
         }

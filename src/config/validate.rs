@@ -22,11 +22,8 @@ impl<'a> Source<'a> {
     }
 
     fn line_of(&self, offset: usize) -> usize {
-        self.text.as_bytes()[..offset.min(self.text.len())]
-            .iter()
-            .filter(|b| **b == b'\n')
-            .count()
-            + 1
+        let before = self.text.get(..offset).unwrap_or(self.text);
+        before.matches('\n').count() + 1
     }
 
     /// `broker.toml:12` of the longest part of `path` that is in the file; empty if nothing of it is.
@@ -316,7 +313,7 @@ impl Checker<'_> {
             "storage",
             "segment",
             storage.segment,
-            Size(1 << 20),
+            Size(64 << 20),
             Size(1 << 30),
         );
         self.within(

@@ -28,15 +28,15 @@ const PYDOC: &[&str] = &[
 
 /// Pages with the names under which they are served.
 #[derive(Debug, Clone)]
-pub struct Corpus {
+pub(super) struct Corpus {
     /// Where they come from, for people.
-    pub origin: String,
+    pub(super) origin: String,
     /// Files by name.
-    pub pages: BTreeMap<String, PathBuf>,
+    pub(super) pages: BTreeMap<String, PathBuf>,
 }
 
 /// Finds `n` pages; `seed` decides which. `scratch` is a directory for pages that have to be generated first.
-pub fn find(n: usize, seed: u64, python: &Path, scratch: &Path) -> io::Result<Corpus> {
+pub(super) fn find(n: usize, seed: u64, python: &Path, scratch: &Path) -> io::Result<Corpus> {
     let mut tried = Vec::new();
     for (origin, root) in roots() {
         let mut files = Vec::new();
@@ -93,7 +93,7 @@ fn pick(origin: String, root: &Path, mut files: Vec<PathBuf>, n: usize, seed: u6
 }
 
 /// Serves the pages until the returned task is aborted. Gives the base URL, without a final slash.
-pub async fn serve(corpus: &Corpus) -> io::Result<(String, tokio::task::JoinHandle<()>)> {
+pub(super) async fn serve(corpus: &Corpus) -> io::Result<(String, tokio::task::JoinHandle<()>)> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let base = format!("http://{}", listener.local_addr()?);
     let pages = Arc::new(corpus.pages.clone());

@@ -62,7 +62,7 @@ fn emit(line: &str) {
 
 fn tempfile_directory() -> io::Result<PathBuf> {
     let mut bits = [0u8; 8];
-    getrandom::fill(&mut bits).map_err(io::Error::other)?;
+    getrandom::fill(&mut bits).map_err(|error| io::Error::other(error.to_string()))?;
     let path = std::env::temp_dir().join(format!("dagorama-demo-{:016x}", u64::from_le_bytes(bits)));
     std::fs::create_dir(&path)?;
     Ok(path)
@@ -90,7 +90,7 @@ fn prepare(directory: &Path) -> io::Result<Stage> {
         worker_log: directory.join("worker.log"),
         token: {
             let mut bits = [0u8; 16];
-            getrandom::fill(&mut bits).map_err(io::Error::other)?;
+            getrandom::fill(&mut bits).map_err(|error| io::Error::other(error.to_string()))?;
             format!("{:032x}", u128::from_le_bytes(bits))
         },
     };
@@ -186,7 +186,7 @@ async fn play(options: &Demo, directory: &Path) -> io::Result<Value> {
     bars.finish();
     for worker in &mut workers {
         if let Some(pid) = worker.id() {
-            drop(kill(Pid::from_raw(i32::try_from(pid).unwrap_or(0)), Signal::SIGTERM));
+            kill(Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?), Signal::SIGTERM)?;
         }
     }
     for worker in &mut workers {

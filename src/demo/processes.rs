@@ -12,17 +12,17 @@ use tokio::process::{Child, Command};
 
 /// A running broker.
 #[derive(Debug)]
-pub struct Broker {
+pub(super) struct Broker {
     /// The process.
-    pub child: Child,
+    pub(super) child: Child,
     /// What it printed when it was ready.
-    pub ready: Value,
+    pub(super) ready: Value,
     /// Where it listens.
-    pub url: String,
+    pub(super) url: String,
 }
 
 /// Starts `serve` with that configuration and waits until it is ready.
-pub async fn start_broker(config: &Path, listen: &str, log: &Path, token: &str) -> io::Result<Broker> {
+pub(super) async fn start_broker(config: &Path, listen: &str, log: &Path, token: &str) -> io::Result<Broker> {
     let mut child = Command::new(std::env::current_exe()?)
         .args(["serve", "--ready-stdout", "--listen", listen, "--config"])
         .arg(config)
@@ -45,21 +45,21 @@ pub async fn start_broker(config: &Path, listen: &str, log: &Path, token: &str) 
 
 /// What a worker needs to find its way.
 #[derive(Debug, Clone)]
-pub struct WorkerPlace<'a> {
+pub(super) struct WorkerPlace<'a> {
     /// The Python to use.
-    pub python: &'a Path,
+    pub(super) python: &'a Path,
     /// Directory of the module.
-    pub code: &'a Path,
+    pub(super) code: &'a Path,
     /// Directory for the journals.
-    pub journal: &'a Path,
+    pub(super) journal: &'a Path,
     /// Log file.
-    pub log: &'a Path,
+    pub(super) log: &'a Path,
     /// Token of the broker.
-    pub token: &'a str,
+    pub(super) token: &'a str,
 }
 
 /// Starts a worker with one process for nodes.
-pub fn start_worker(url: &str, place: &WorkerPlace<'_>) -> io::Result<Child> {
+pub(super) fn start_worker(url: &str, place: &WorkerPlace<'_>) -> io::Result<Child> {
     Command::new(std::env::current_exe()?)
         .args(["worker", "crawl", "--concurrency", "1", "--url", url, "--python"])
         .arg(place.python)
@@ -74,7 +74,7 @@ pub fn start_worker(url: &str, place: &WorkerPlace<'_>) -> io::Result<Child> {
 }
 
 /// Where Python finds the program and, in a source tree, the package.
-pub fn python_path(code: &Path) -> std::ffi::OsString {
+pub(super) fn python_path(code: &Path) -> std::ffi::OsString {
     let mut parts = vec![code.to_owned()];
     parts.extend(package());
     parts.extend(std::env::var_os("PYTHONPATH").map(PathBuf::from));
@@ -82,7 +82,7 @@ pub fn python_path(code: &Path) -> std::ffi::OsString {
 }
 
 /// The Python package in the source tree this binary was built in, if it is still there.
-pub fn package() -> Option<PathBuf> {
+pub(super) fn package() -> Option<PathBuf> {
     let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/python/src"));
     path.join("dagorama").is_dir().then_some(path)
 }
@@ -93,17 +93,17 @@ fn append(path: &Path) -> io::Result<Stdio> {
 
 /// What stands in the workers' journals at one moment.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Journal {
+pub(super) struct Journal {
     /// Attempts that have started and were not acknowledged.
-    pub open: u64,
+    pub(super) open: u64,
     /// Outcomes that were sent and not acknowledged.
-    pub in_flight: u64,
+    pub(super) in_flight: u64,
     /// Acknowledged outcomes by action.
-    pub accepted: BTreeMap<String, u64>,
+    pub(super) accepted: BTreeMap<String, u64>,
 }
 
 /// Reads all journals of a directory.
-pub fn read_journal(directory: &Path) -> io::Result<Journal> {
+pub(super) fn read_journal(directory: &Path) -> io::Result<Journal> {
     let mut journal = Journal::default();
     let mut state: BTreeMap<(String, String, u64), &'static str> = BTreeMap::new();
     let mut actions: BTreeMap<(String, String, u64), String> = BTreeMap::new();
@@ -119,8 +119,9 @@ pub fn read_journal(directory: &Path) -> io::Result<Journal> {
                     state.insert(key, "started");
                 }
                 Some("sent") => drop(state.insert(key, "sent")),
-                Some("accepted") => drop(state.insert(key, "accepted")),
-                Some("refused") => drop(state.insert(key, "refused")),
+                // An end beyond 2 is a failure that may be tried again, or a lease that was given back.
+                Some("accepted") if line["end"].as_u64().is_some_and(|end| end <= 2) => drop(state.insert(key, "accepted")),
+                Some("accepted" | "refused") => drop(state.insert(key, "refused")),
                 _ => {}
             }
         }

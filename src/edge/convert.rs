@@ -108,6 +108,12 @@ pub fn session_id(text: &str) -> Option<SessionId> {
     u64::from_str_radix(text, 16).ok().map(SessionId)
 }
 
+/// The identity of a store as 32 hex digits.
+#[must_use]
+pub fn store_text(id: [u8; 16]) -> String {
+    format!("{:032x}", u128::from_be_bytes(id))
+}
+
 /// A session id as 16 hex digits.
 #[must_use]
 pub fn session_text(session: SessionId) -> String {
@@ -244,15 +250,14 @@ impl Used {
         {
             return Ok(position);
         }
-        let position = match self.positions.get(&number) {
-            Some(position) => *position,
-            None => {
-                let spec = definitions.get(number)?;
-                let position = self.specs.len() as u32;
-                self.specs.push(Arc::clone(spec));
-                self.positions.insert(number, position);
-                position
-            }
+        let position = if let Some(position) = self.positions.get(&number) {
+            *position
+        } else {
+            let spec = definitions.get(number)?;
+            let position = self.specs.len() as u32;
+            self.specs.push(Arc::clone(spec));
+            self.positions.insert(number, position);
+            position
         };
         self.latest = Some((number, position));
         Ok(position)
@@ -583,34 +588,56 @@ pub fn reason_words(reason: &Reason) -> (&'static str, String) {
             failures, losses, ..
         } => (
             "backoff",
-            format!("is tried again after a pause: {failures} failures, {losses} lost leases so far"),
+            format!(
+                "is tried again after a pause: {failures} failures, {losses} lost leases so far"
+            ),
         ),
         Reason::NoWorkerOnQueue(queue) => (
             "no_worker_on_queue",
-            format!("no worker serves queue {queue:?}: start one with {}", worker_command(queue)),
+            format!(
+                "no worker serves queue {queue:?}: start one with {}",
+                worker_command(queue)
+            ),
         ),
         Reason::NoWorkerTolerates(taint) => (
             "no_worker_tolerates",
-            format!("no worker on its queue tolerates {taint:?}: start one with `dagorama worker <module> --tolerate {taint}`"),
+            format!(
+                "no worker on its queue tolerates {taint:?}: start one with `dagorama worker <module> --tolerate {taint}`"
+            ),
         ),
         Reason::NoWorkerHasAction(action) => (
             "no_worker_has_action",
-            format!("no worker on its queue has {action}: start one whose module defines it with `dagorama worker <module>`"),
+            format!(
+                "no worker on its queue has {action}: start one whose module defines it with `dagorama worker <module>`"
+            ),
         ),
         Reason::NoWorkerHasCode(action) => (
             "no_worker_has_code",
-            format!("no worker has the code that {action} was recorded with, and the code is pinned: start that version with `dagorama worker <module>`"),
+            format!(
+                "no worker has the code that {action} was recorded with, and the code is pinned: start that version with `dagorama worker <module>`"
+            ),
         ),
         Reason::NeverAnnounced(action) => (
             "never_announced",
-            format!("no worker has ever announced {action}: start one with `dagorama worker <module>`"),
+            format!(
+                "no worker has ever announced {action}: start one with `dagorama worker <module>`"
+            ),
         ),
         Reason::BatchFilling { ready, batch, .. } => (
             "batch_filling",
-            format!("its bundle has {ready} of {} calls and waits at most {} ms", batch.max_size, batch.max_wait_ms),
+            format!(
+                "its bundle has {ready} of {} calls and waits at most {} ms",
+                batch.max_size, batch.max_wait_ms
+            ),
         ),
-        Reason::WorkersBusy => ("workers_busy", "all workers that could run it are busy".to_owned()),
-        Reason::Leased(session) => ("leased", format!("is running in session {:016x}", session.0)),
+        Reason::WorkersBusy => (
+            "workers_busy",
+            "all workers that could run it are busy".to_owned(),
+        ),
+        Reason::Leased(session) => (
+            "leased",
+            format!("is running in session {:016x}", session.0),
+        ),
         Reason::Settling { remaining } => (
             "settling",
             format!("its body has ended, its value waits for {remaining} nodes"),

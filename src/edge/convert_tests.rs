@@ -67,12 +67,27 @@ fn specs_that_make_no_sense_are_refused() {
     for (field, document) in [
         ("action", r#"{"id": 1, "action": ""}"#.to_owned()),
         ("action", format!(r#"{{"id": 1, "action": "{long}"}}"#)),
-        ("queue", r#"{"id": 1, "action": "a", "queue": ""}"#.to_owned()),
-        ("taint", r#"{"id": 1, "action": "a", "taint": ""}"#.to_owned()),
+        (
+            "queue",
+            r#"{"id": 1, "action": "a", "queue": ""}"#.to_owned(),
+        ),
+        (
+            "taint",
+            r#"{"id": 1, "action": "a", "taint": ""}"#.to_owned(),
+        ),
         ("id", r#"{"action": "a"}"#.to_owned()),
-        ("max_attempts", r#"{"id": 1, "action": "a", "retry": {"max_attempts": 0}}"#.to_owned()),
-        ("max_losses", r#"{"id": 1, "action": "a", "retry": {"max_losses": 0}}"#.to_owned()),
-        ("max_size", r#"{"id": 1, "action": "a", "batch": {"max_size": 0}}"#.to_owned()),
+        (
+            "max_attempts",
+            r#"{"id": 1, "action": "a", "retry": {"max_attempts": 0}}"#.to_owned(),
+        ),
+        (
+            "max_losses",
+            r#"{"id": 1, "action": "a", "retry": {"max_losses": 0}}"#.to_owned(),
+        ),
+        (
+            "max_size",
+            r#"{"id": 1, "action": "a", "batch": {"max_size": 0}}"#.to_owned(),
+        ),
     ] {
         let spec: json::Spec = json::parse(document.as_bytes(), "spec").expect("shape is right");
         let error = Definitions::default().define(&[spec]).expect_err(field);
@@ -102,8 +117,14 @@ fn the_same_call_with_other_numbers_is_the_same_content() {
         let got = submission(submit(b"key", nodes), definitions).expect("known specs");
         got.key.expect("a key")
     };
-    let first = content(&definitions(&[(1, "a"), (2, "b")]), vec![node(1, b"x"), node(2, b"y")]);
-    let again = content(&definitions(&[(9, "a"), (3, "b")]), vec![node(9, b"x"), node(3, b"y")]);
+    let first = content(
+        &definitions(&[(1, "a"), (2, "b")]),
+        vec![node(1, b"x"), node(2, b"y")],
+    );
+    let again = content(
+        &definitions(&[(9, "a"), (3, "b")]),
+        vec![node(9, b"x"), node(3, b"y")],
+    );
     assert_eq!(first, again);
     for (name, nodes) in [
         ("other action", vec![node(2, b"x"), node(2, b"y")]),
@@ -148,7 +169,11 @@ fn ends_mean_what_their_numbers_say() {
         (codec::End::TimedOutRetryable, vec![], failed(true, true)),
         (codec::End::TimedOut, vec![], failed(false, true)),
         (codec::End::Released, vec![], AttemptEnd::Released),
-        (codec::End::Tail, vec![range], AttemptEnd::Tail(NodeRef::New(4))),
+        (
+            codec::End::Tail,
+            vec![range],
+            AttemptEnd::Tail(NodeRef::New(4)),
+        ),
     ] {
         let got = completion(finish(end, ranges), &Definitions::default()).expect("well formed");
         assert_eq!((got.end, got.digest), (expected, 5), "{end:?}");
@@ -161,7 +186,15 @@ fn ends_mean_what_their_numbers_say() {
 fn ids_are_read_strictly() {
     let id = run_id("1f-0123456789abcdef").expect("an id");
     assert_eq!(id.to_string(), "1f-0123456789abcdef");
-    for text in ["", "-", "1f", "1f-", "1f-0", "zz-0123456789abcdef", "1f-0123456789ABCDEF"] {
+    for text in [
+        "",
+        "-",
+        "1f",
+        "1f-",
+        "1f-0",
+        "zz-0123456789abcdef",
+        "1f-0123456789ABCDEF",
+    ] {
         assert_eq!(run_id(text).expect_err(text).code, Code::InvalidRequest);
     }
     let session = SessionId(0xab);
@@ -177,5 +210,8 @@ fn a_long_message_still_fits() {
     let document = no(&rejection);
     assert!(document.len() < usize::from(u16::MAX));
     let read: json::No = json::parse(&document, "no").expect("JSON");
-    assert_eq!((read.code.as_str(), read.retryable), ("GRAPH_TOO_LARGE", false));
+    assert_eq!(
+        (read.code.as_str(), read.retryable),
+        ("GRAPH_TOO_LARGE", false)
+    );
 }

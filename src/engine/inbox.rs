@@ -10,11 +10,15 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use super::clock::Stopwatch;
 use super::handle::Stopped;
 use super::load::Loads;
 use super::request::{Cost, overloaded};
 use crate::broker::command::{Answer, Command, Query, Rejection, Reply};
 use crate::broker::types::{RunSeq, SessionId};
+
+/// Heartbeats alone wake the engine this often at most.
+const TOUCH_WAKES_EVERY_MS: u64 = 1_000;
 
 /// A command and whoever waits for its reply.
 #[derive(Debug)]
@@ -51,6 +55,7 @@ struct State {
     arrived: Arrived,
     touched: BTreeSet<SessionId>,
     sleeping: bool,
+    woken_by_touch: Option<Stopwatch>,
     closed: Option<Arc<str>>,
 }
 
@@ -112,10 +117,16 @@ impl Inbox {
         InFlight::admit(&self.in_flight, cost.bytes)
     }
 
-    /// A heartbeat. After the engine has stopped it is nobody's.
+    /// A heartbeat. It wakes a sleeping engine at most once a second: mostly a command comes with it or soon after, and before anything
+    /// lapses the engine wakes anyway and looks here first. After the engine has stopped it is nobody's.
     pub(super) fn touch(&self, session: SessionId) {
         let mut state = self.lock();
-        if state.closed.is_none() && state.touched.insert(session) && state.sleeping {
+        if state.closed.is_some() || !state.touched.insert(session) || !state.sleeping {
+            return;
+        }
+        let rested = |woken: &Stopwatch| woken.elapsed_ms() >= TOUCH_WAKES_EVERY_MS;
+        if state.woken_by_touch.as_ref().is_none_or(rested) {
+            state.woken_by_touch = Some(Stopwatch::start());
             state.sleeping = false;
             drop(state);
             self.wake.notify_one();

@@ -17,7 +17,6 @@ pub type RunFacts = Result<Option<Vec<Fact>>, String>;
 pub type Loads = Vec<(RunSeq, RunFacts)>;
 
 /// Reads all that adopting a run needs. Blocking.
-#[must_use]
 pub fn read_run(reader: &dyn Read, run: RunSeq) -> RunFacts {
     let mut facts = Vec::new();
     let found: Result<bool, StorageError> = reader.run_facts(run, &mut |fact| facts.push(fact));
@@ -55,10 +54,6 @@ pub(super) struct LoadTable {
 }
 
 impl LoadTable {
-    pub(super) fn is_empty(&self) -> bool {
-        self.runs.is_empty()
-    }
-
     /// Somebody needs the run.
     pub(super) fn want(&mut self, run: RunSeq) {
         self.runs.entry(run).or_insert(Load::Wanted);
@@ -166,6 +161,6 @@ mod tests {
         assert_eq!(table.begin(), [RUN]);
         table.keep_only(|run| run != RUN);
         table.arrived(RUN, Ok(None));
-        assert!(table.is_empty() && table.fresh(RUN).is_none());
+        assert!(table.runs.is_empty() && table.fresh(RUN).is_none());
     }
 }

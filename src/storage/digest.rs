@@ -69,6 +69,18 @@ impl PageSum {
         self.digest = self.digest.wrapping_sub(mix(checksum));
     }
 
+    /// Counts a page out and what it became in.
+    pub(crate) fn replace(&mut self, old: Option<u64>, new: Option<u64>) {
+        if old != new {
+            if let Some(checksum) = old {
+                self.remove(checksum);
+            }
+            if let Some(checksum) = new {
+                self.add(checksum);
+            }
+        }
+    }
+
     /// Adds a difference.
     pub(crate) fn merge(&mut self, other: Self) {
         self.pages = self.pages.wrapping_add(other.pages);

@@ -76,7 +76,8 @@ impl DiskWatch {
             self.asked_ms.set(Some(now));
             // A file system that does not answer is left to the next write to judge.
             if let Ok(space) = sync_shim::free_bytes(&self.path) {
-                self.is_low.set(self.reserve.is_used(space, self.is_low.get()));
+                self.is_low
+                    .set(self.reserve.is_used(space, self.is_low.get()));
             }
         }
         self.is_low.get()
@@ -101,7 +102,11 @@ mod tests {
             (space(51 * GIB, 1_000 * GIB), false, false),
         ];
         for (space, waiting, expected) in cases {
-            assert_eq!(reserve.is_used(space, waiting), expected, "{space:?} {waiting}");
+            assert_eq!(
+                reserve.is_used(space, waiting),
+                expected,
+                "{space:?} {waiting}"
+            );
         }
         assert!(!Reserve::NONE.is_used(space(0, GIB), false));
     }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 pub use layout::{FORMAT, StoreFormat, read_format};
 
+pub use super::gauges::Gauges;
 use super::disk::{DiskWatch, Reserve};
 use super::loading::{Replay, next_run, state_facts};
 use super::lock::StoreLock;
@@ -21,9 +22,7 @@ use super::payloads::{PayloadOptions, PayloadPin, Payloads};
 use super::reader::StoreReader;
 use super::records::{RowBatch, RowMaker, decode_shared_facts, encode_facts};
 use super::state_thread::{PushedEntry, StateMeta, StateOptions, StateThread};
-use super::{
-    Loaded, PayloadWriter, Pressure, Read, StorageBatch, StorageError, Store, sync_shim,
-};
+use super::{Loaded, PayloadWriter, Pressure, Read, StorageBatch, StorageError, Store, sync_shim};
 use crate::broker::outcome::Fact;
 use crate::broker::types::{Timestamp, WallTime};
 
@@ -111,6 +110,7 @@ pub struct Durable {
     pushed: u64,
     disk: DiskWatch,
     tidied_ms: u64,
+    gauges: Arc<Gauges>,
     /// Released last.
     _lock: StoreLock,
 }
@@ -151,6 +151,7 @@ impl Durable {
             bytes: options.min_free_bytes,
             permille: options.min_free_permille,
         };
+        let gauges = Arc::new(Gauges::new(meta.position, state.watch()));
         Ok(Self {
             options,
             format,
@@ -164,6 +165,7 @@ impl Durable {
             pushed: meta.position,
             disk: DiskWatch::new(dir.to_owned(), reserve),
             tidied_ms: 0,
+            gauges,
             dir: dir.to_owned(),
             _lock: lock,
         })
@@ -178,6 +180,11 @@ impl Durable {
     #[must_use]
     pub fn pin_payloads(&self) -> PayloadPin {
         self.payloads.pin()
+    }
+
+    /// Where log and state stand, for readers on any thread.
+    pub fn gauges(&self) -> Arc<Gauges> {
+        Arc::clone(&self.gauges)
     }
 
     /// The place of the last commit.
@@ -247,6 +254,7 @@ impl Store for Durable {
             self.maker.rows_of(&facts, entry.now, &mut batch);
             facts.into_iter().for_each(&mut *absorb);
             self.pushed = entry.after.position;
+            self.gauges.committed(self.pushed);
             self.state.push(PushedEntry {
                 position_after: entry.after.position,
                 sequence: entry.after.sequence,
@@ -285,6 +293,7 @@ impl Store for Durable {
         self.now = now;
         self.next_run = next_run(self.next_run, &facts);
         self.pushed = place.position;
+        self.gauges.committed(self.pushed);
         let mut rows = RowBatch::default();
         self.maker.rows_of(&facts, now, &mut rows);
         self.state.push(PushedEntry {

@@ -3,7 +3,7 @@
 //! The facts have the shape in which they were committed, but they are not the same ones: of a node only its creation and its
 //! latest state are told. Arguments and results are left out; who needs them reads them.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 
@@ -23,12 +23,13 @@ const GROUP: usize = 8_192;
 
 const EVERYTHING: ((u64, u64), (u64, u64)) = ((0, 0), (u64::MAX, u64::MAX));
 
-/// Streams all that must be resident, and reminds `maker` of its places. Gives the open runs and the number of their nodes.
+/// Streams all that must be resident, and reminds `maker` of its places. Gives the open runs with the number of their
+/// nodes.
 pub(super) fn state_facts(
     rows: &dyn Rows,
     maker: &mut RowMaker,
     absorb: &mut dyn FnMut(Fact),
-) -> Result<(HashSet<RunSeq>, u64), StorageError> {
+) -> Result<HashMap<RunSeq, u64>, StorageError> {
     let (from, to) = EVERYTHING;
     let number = |key: RowKey| {
         u32::try_from(key.major).map_err(|_| corrupt_text(key, "a number over 32 bits"))
@@ -90,6 +91,15 @@ pub(super) fn state_facts(
         Ok(true)
     })?;
     each_parted(rows, Table::DeadLetter, from, to, &mut |key, whole| {
+        if key.minor == 0 {
+            let last = rows_in::last_letter_record(&whole).map_err(|e| corrupt(key, &e))?;
+            // If the letter is kept, its own row says so later.
+            absorb(Fact::DeadLetterRemoved {
+                route: NameId(number(key)?),
+                seq: last,
+            });
+            return Ok(true);
+        }
         let letter = rows_in::letter_record(&whole).map_err(|e| corrupt(key, &e))?;
         absorb(Fact::DeadLetter {
             route: NameId(number(key)?),
@@ -104,22 +114,21 @@ pub(super) fn state_facts(
         Ok(true)
     })?;
 
-    let mut open = HashSet::new();
-    let mut nodes = 0;
+    let mut open = HashMap::new();
     each_row(rows, Table::OpenRun, from, to, &mut |key, value| {
         if let Some(record) = whole_run(rows, key, &value)? {
             let run = RunSeq(key.major);
-            nodes += run_facts(rows, run, record, absorb)?;
-            open.insert(run);
+            open.insert(run, run_facts(rows, run, record, absorb)?);
         }
         Ok(true)
     })?;
-    Ok((open, nodes))
+    Ok(open)
 }
 
 /// Follows the log behind the rows: which nodes it speaks of, and which ended runs it opens again.
 pub(super) struct Replay {
-    open: HashSet<RunSeq>,
+    /// Runs that are resident, and how many of their nodes came from rows.
+    open: HashMap<RunSeq, u64>,
     from_rows: u64,
     touched: HashSet<NodeKey>,
     /// The first run number that was never given.
@@ -127,10 +136,10 @@ pub(super) struct Replay {
 }
 
 impl Replay {
-    pub(super) fn new((open, from_rows): (HashSet<RunSeq>, u64), next_run: u64) -> Self {
+    pub(super) fn new(open: HashMap<RunSeq, u64>, next_run: u64) -> Self {
         Self {
+            from_rows: open.values().sum(),
             open,
-            from_rows,
             touched: HashSet::new(),
             next_run,
         }
@@ -148,7 +157,7 @@ impl Replay {
             match fact {
                 Fact::Run { run, record } => {
                     let known = run.0 < self.next_run;
-                    if record.ended.is_none() && self.open.insert(*run) && known {
+                    if record.ended.is_none() && !self.open.contains_key(run) && known {
                         let key = RowKey {
                             table: Table::EndedRun,
                             major: run.0,
@@ -157,21 +166,20 @@ impl Replay {
                         if let Some(value) = rows.get(key)?
                             && let Some(record) = whole_run(rows, key, &value)?
                         {
-                            run_facts(rows, *run, record, absorb)?;
+                            let nodes = run_facts(rows, *run, record, absorb)?;
+                            self.from_rows += nodes;
+                            self.open.insert(*run, nodes);
                         }
-                    } else if record.ended.is_some() {
-                        self.open.remove(run);
                     }
+                    self.open.entry(*run).or_insert(0);
                 }
-                Fact::Node { node, .. } => {
-                    self.touched.insert(*node);
-                }
+                Fact::Node { node, .. } => self.touch(*node),
                 Fact::Nodes {
                     run, first, nodes, ..
                 } => {
-                    let numbers = (first.0..).take(nodes.len());
-                    self.touched
-                        .extend(numbers.map(|n| NodeKey::new(*run, NodeIndex(n))));
+                    for n in (first.0..).take(nodes.len()) {
+                        self.touch(NodeKey::new(*run, NodeIndex(n)));
+                    }
                 }
                 _ => {}
             }
@@ -180,10 +188,16 @@ impl Replay {
         Ok(())
     }
 
+    fn touch(&mut self, node: NodeKey) {
+        let in_rows = self.open.get(&node.run).copied().unwrap_or(0);
+        if self.touched.insert(node) && u64::from(node.node.0) < in_rows {
+            self.from_rows -= 1;
+        }
+    }
+
     /// Nodes whose newest fact came from rows, and from the log.
     pub(super) fn counts(&self) -> (u64, u64) {
-        let from_log = self.touched.len() as u64;
-        (self.from_rows.saturating_sub(from_log), from_log)
+        (self.from_rows, self.touched.len() as u64)
     }
 }
 
@@ -287,9 +301,7 @@ impl Group {
         absorb: &mut dyn FnMut(Fact),
     ) {
         let record = &row.record;
-        if !self.nodes.is_empty()
-            && (record.parent != self.parent || self.nodes.len() >= GROUP)
-        {
+        if !self.nodes.is_empty() && (record.parent != self.parent || self.nodes.len() >= GROUP) {
             self.close(absorb);
         }
         if self.nodes.is_empty() {
@@ -355,7 +367,11 @@ impl<'a> Ranges<'a> {
     }
 
     /// The next row, if its number is below `end`; rows below `start` are passed over.
-    fn next_within(&mut self, start: u64, end: u64) -> Result<Option<(RowKey, Bytes)>, StorageError> {
+    fn next_within(
+        &mut self,
+        start: u64,
+        end: u64,
+    ) -> Result<Option<(RowKey, Bytes)>, StorageError> {
         loop {
             while let Some((key, _)) = self.chunk.front() {
                 if key.minor >= end {
@@ -409,7 +425,12 @@ impl<'a> Ranges<'a> {
             let Some((key, value)) = self.next_within(start, end)? else {
                 break;
             };
-            if key.minor - start != (all.len() / RANGES_PER_PART) as u64 {
+            let part = (all.len() / RANGES_PER_PART) as u64;
+            if part == 0 && start & REFERENCES != 0 && key.minor != start {
+                // Left over from an earlier attempt that referred to more.
+                continue;
+            }
+            if key.minor - start != part {
                 return Err(corrupt_text(key, "a part before it is missing"));
             }
             let said = match expected {

@@ -90,7 +90,7 @@ impl Log {
         let mut spares = VecDeque::from(end.behind);
         let next = end.active.number + 1;
         if end.next_is_ready {
-            preparer.is_ready(next)?;
+            preparer.is_ready(next);
         } else {
             preparer.request(next, spares.pop_front());
         }

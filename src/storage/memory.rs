@@ -142,8 +142,7 @@ impl Content {
         self.now = batch.now;
         self.next_run = next_run(self.next_run, &batch.facts);
         self.batch.clear();
-        self.maker
-            .rows_of(&batch.facts, batch.now, &mut self.batch);
+        self.maker.rows_of(&batch.facts, batch.now, &mut self.batch);
         apply(&mut self.rows, &self.batch);
         if log_batches > 0 {
             self.log.push_back(batch);
@@ -208,7 +207,7 @@ impl Store for MemoryStore {
         if self.log_batches == 0 {
             content.maker = RowMaker::default();
             let found = state_facts(&MapRows(&content.rows), &mut content.maker, absorb)?;
-            (from_sled, from_log) = (found.1, 0);
+            (from_sled, from_log) = (found.values().sum(), 0);
         } else {
             content.base_maker = RowMaker::default();
             let found = state_facts(&MapRows(&content.base), &mut content.base_maker, absorb)?;

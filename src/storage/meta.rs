@@ -150,7 +150,10 @@ impl Meta {
             let minor = u64::from_le_bytes(take(&mut rest).ok_or_else(short)?);
             firsts.insert(table, (major, minor));
         }
-        if !rest.is_empty() || groups.len() != GROUPS.len() || GROUPS.iter().any(|t| !groups.contains_key(t)) {
+        if !rest.is_empty()
+            || groups.len() != GROUPS.len()
+            || GROUPS.iter().any(|t| !groups.contains_key(t))
+        {
             return Err(damaged("it does not have one sum for each table"));
         }
         let [position, high, sequence, now, wall, next_run] = words;

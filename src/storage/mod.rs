@@ -2,10 +2,14 @@
 //!
 //! Only this module knows sled and bincode. Callers see facts going in, and facts, records and payloads coming out.
 
-pub mod conformance;
+#[cfg(test)]
+pub(crate) mod conformance;
+#[cfg(test)]
+mod dice;
 mod digest;
 pub mod disk;
 pub mod durable;
+mod gauges;
 mod loading;
 mod lock;
 pub mod log;
@@ -23,6 +27,7 @@ pub mod sled;
 mod state;
 pub mod state_thread;
 pub mod sync_shim;
+mod window;
 
 use bytes::Bytes;
 

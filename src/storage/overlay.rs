@@ -199,9 +199,7 @@ impl Generation {
     }
 
     fn hides(&self, table: Table, place: Place) -> bool {
-        (!self.deleted_runs.is_empty()
-            && is_of_runs(table)
-            && self.deleted_runs.contains(&place.0))
+        (!self.deleted_runs.is_empty() && is_of_runs(table) && self.deleted_runs.contains(&place.0))
             || self
                 .deleted_ranges(table)
                 .range(..=place)
@@ -209,6 +207,10 @@ impl Generation {
                 .is_some_and(|(_, &before)| place < before)
     }
 
+    #[expect(
+        clippy::option_option,
+        reason = "unknown, known to be absent and present are three answers"
+    )]
     fn get(&self, table: Table, place: Place) -> Option<Option<Bytes>> {
         if self.entries == 0 {
             return None;
@@ -307,6 +309,10 @@ impl Overlay {
     }
 
     /// `None`: not here, ask sled. `Some(None)`: deleted.
+    #[expect(
+        clippy::option_option,
+        reason = "unknown, known to be absent and present are three answers"
+    )]
     pub(crate) fn get(&self, table: Table, place: Place) -> Option<Option<Bytes>> {
         self.filling
             .get(table, place)
@@ -361,9 +367,11 @@ impl Overlay {
             }
             (Some(older), true) => {
                 let older = older.rev().filter(|(place, _)| visible(place));
-                take(&mut merged(newer.rev().map(copy), older.map(copy), |a, b| {
-                    a > b
-                }));
+                take(&mut merged(
+                    newer.rev().map(copy),
+                    older.map(copy),
+                    |a, b| a > b,
+                ));
             }
         }
         patch

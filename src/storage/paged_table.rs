@@ -215,9 +215,7 @@ impl<'a> Change<'a> {
     }
 
     /// Every page touched: key, checksum in sled, checksum to be.
-    pub(crate) fn differences(
-        &self,
-    ) -> impl Iterator<Item = (&PageKey, Option<u64>, Option<u64>)> {
+    pub(crate) fn differences(&self) -> impl Iterator<Item = (&PageKey, Option<u64>, Option<u64>)> {
         self.staged
             .iter()
             .map(|(key, page)| (key, page.old, page.new.as_ref().map(|(_, sum)| *sum)))
@@ -320,7 +318,11 @@ impl<'a> Change<'a> {
             let size = pages::packed_len(&merged);
             let small = shrunk && !merged.is_empty() && size < PAGE_BYTES / 4 && old.len() < 3;
             // Small pages join a neighbour when both fit, so that deletions leave no dust.
-            if small && next.as_ref().is_some_and(|(_, bytes)| size + bytes.len() <= FILL_BYTES) {
+            if small
+                && next
+                    .as_ref()
+                    .is_some_and(|(_, bytes)| size + bytes.len() <= FILL_BYTES)
+            {
                 drop((merged, before, views));
                 old.extend(next.take());
                 next = match old.last() {
@@ -330,9 +332,16 @@ impl<'a> Change<'a> {
                 end = upto(&next);
                 continue;
             }
-            if small && let Some(place) = old.first().and_then(|(key, _)| place_before(key_parts(key).1)) {
+            if small
+                && let Some(place) = old
+                    .first()
+                    .and_then(|(key, _)| place_before(key_parts(key).1))
+            {
                 let neighbour = self.floor(table, place)?;
-                if neighbour.as_ref().is_some_and(|(_, bytes)| size + bytes.len() <= FILL_BYTES) {
+                if neighbour
+                    .as_ref()
+                    .is_some_and(|(_, bytes)| size + bytes.len() <= FILL_BYTES)
+                {
                     drop((merged, before, views));
                     old.splice(0..0, neighbour);
                     continue;
@@ -361,7 +370,12 @@ impl<'a> Change<'a> {
             let mut begun = 0;
             for cut in pages::cut(&merged, appended) {
                 let next = merged.get(cut).map_or(behind, |entry| entry.place);
-                written.push(pages::encode(table, self.position, next, &merged[begun..cut]));
+                written.push(pages::encode(
+                    table,
+                    self.position,
+                    next,
+                    &merged[begun..cut],
+                ));
                 begun = cut;
             }
             let first_before = old.first().map(|(key, _)| key_parts(key).1);
@@ -442,23 +456,22 @@ impl<'a> Change<'a> {
             Some(place) => self.floor(table, place)?,
             None => None,
         };
-        match before {
-            Some((key, bytes)) => {
-                let checksum =
-                    pages::checked(&key, &bytes).map_err(|error| corrupt(&key, error))?;
-                self.remove(key, checksum);
-                self.put(pages::relink(key, &bytes, self.position, next));
+        if let Some((key, bytes)) = before {
+            let checksum = pages::checked(&key, &bytes).map_err(|error| corrupt(&key, error))?;
+            self.remove(key, checksum);
+            self.put(pages::relink(key, &bytes, self.position, next));
+        } else {
+            let first = self
+                .new_firsts
+                .get(&table)
+                .or_else(|| self.firsts.get(&table));
+            if first.is_some_and(|&first| first < place.min(next)) {
+                return Err(corrupt(
+                    &page_key(table, place),
+                    PageError("the first page of its table is missing"),
+                ));
             }
-            None => {
-                let first = self.new_firsts.get(&table).or_else(|| self.firsts.get(&table));
-                if first.is_some_and(|&first| first < place.min(next)) {
-                    return Err(corrupt(
-                        &page_key(table, place),
-                        PageError("the first page of its table is missing"),
-                    ));
-                }
-                self.new_firsts.insert(table, next);
-            }
+            self.new_firsts.insert(table, next);
         }
         Ok(())
     }

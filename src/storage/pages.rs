@@ -372,14 +372,14 @@ pub(crate) fn cut(entries: &[Entry<'_>], appended: bool) -> Vec<usize> {
             entries[at - 1].place
         };
         let need = cost(before, entry);
-        let mut full = used + need > fill;
+        let mut over = used + need > fill;
         if at == group_end {
             let (end, size) = group(entries, at, fill);
             group_end = end;
-            full |= used + size > fill;
+            over |= used + size > fill;
         }
         let alone = lonely(entry) || (at > begun && lonely(&entries[at - 1]));
-        if at > begun && (full || alone) {
+        if at > begun && (over || alone) {
             ends.push(at);
             begun = at;
             used = OVERHEAD + cost(entry.place, entry);
@@ -449,22 +449,14 @@ pub(crate) fn read_varint(bytes: &[u8], at: &mut usize) -> Result<u64, PageError
 
 #[cfg(test)]
 mod tests {
+    use super::super::dice::{one_in, random};
     use super::*;
-
-    /// A small generator, so that a failing round can be repeated from its number.
-    fn random(state: &mut u64) -> u64 {
-        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = *state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
 
     fn rows(seed: &mut u64, n: usize, max: u64) -> Vec<(Place, Vec<u8>)> {
         let mut place = (random(seed) % 5, random(seed) % 1_000);
         (0..n)
             .map(|_| {
-                if random(seed) % 5 == 0 {
+                if one_in(seed, 5) {
                     place = (place.0 + 1 + random(seed) % 300, random(seed) >> 3);
                 } else {
                     place.1 += 1 + random(seed) % 200;
@@ -486,7 +478,16 @@ mod tests {
 
     #[test]
     fn varints_come_back_and_only_in_their_range() {
-        for value in [0, 1, 127, 128, 16_383, 16_384, u64::from(u32::MAX), u64::MAX] {
+        for value in [
+            0,
+            1,
+            127,
+            128,
+            16_383,
+            16_384,
+            u64::from(u32::MAX),
+            u64::MAX,
+        ] {
             let mut bytes = Vec::new();
             write_varint(&mut bytes, value);
             assert_eq!(bytes.len(), varint_len(value));
@@ -510,7 +511,7 @@ mod tests {
             let entries = entries(&rows);
             let ends = cut(&entries, round % 2 == 0);
             let mut begun = 0;
-            let mut seen = Vec::new();
+            let mut unpacked = Vec::new();
             for end in ends {
                 assert!(end > begun, "no page is empty");
                 let page = encode(b'n', 42, NONE, &entries[begun..end]);
@@ -527,14 +528,14 @@ mod tests {
                 assert!(PageView::parse(&wrong.key, &wrong.bytes).is_err());
                 for entry in view.entries() {
                     assert_eq!(view.get(entry.place), Some(entry.value));
-                    seen.push((entry.place, entry.value.to_vec()));
+                    unpacked.push((entry.place, entry.value.to_vec()));
                 }
                 if view.len() > 1 {
                     assert!(view.entries().all(|e| e.value.len() <= LONELY_BYTES));
                 }
                 begun = end;
             }
-            assert_eq!(seen, rows, "round {round}");
+            assert_eq!(unpacked, rows, "round {round}");
         }
     }
 
@@ -599,10 +600,14 @@ mod tests {
                     let at = (random(&mut seed) % KEY_BYTES as u64) as usize;
                     key[at] ^= 1 << (random(&mut seed) % 8);
                 }
-                3 => bytes = (0..random(&mut seed) % 5_000).map(|_| random(&mut seed) as u8).collect(),
+                3 => {
+                    bytes = (0..random(&mut seed) % 5_000)
+                        .map(|_| random(&mut seed) as u8)
+                        .collect();
+                }
                 _ => {
                     // An attacker who can also fix the checksum: nothing may panic, and what is accepted is well formed.
-                    for _ in 0..1 + random(&mut seed) % 4 {
+                    for _ in 0..=random(&mut seed) % 4 {
                         let at = (random(&mut seed) % (bytes.len() as u64 - 8)) as usize;
                         bytes[at] = random(&mut seed) as u8;
                     }

@@ -135,7 +135,10 @@ impl Payloads {
                 .map_err(|e| io("open", &path, e))?;
             let length = file.metadata().map_err(|e| io("stat", &path, e))?.len();
             if length < end {
-                return Err(damaged(&path, &format!("it ends at {length}, before {end}")));
+                return Err(damaged(
+                    &path,
+                    &format!("it ends at {length}, before {end}"),
+                ));
             }
             let mut header = [0; 40];
             file.read_exact_at(&mut header, 0)
@@ -458,7 +461,10 @@ mod tests {
         assert!(payloads.read(orphan).is_err());
         let next = payloads.write(body(3, 10)).unwrap();
         assert_eq!(next.offset, orphan.offset, "the room is used again");
-        assert!(payloads.read(orphan).is_err(), "another body lies there now");
+        assert!(
+            payloads.read(orphan).is_err(),
+            "another body lies there now"
+        );
         let path = payloads.path(kept.segment);
         drop(payloads);
         let file = OpenOptions::new().write(true).open(&path).unwrap();

@@ -325,7 +325,7 @@ impl Read for StoreReader {
     ) -> Result<Vec<(u64, DeadLetterRecord)>, StorageError> {
         let mut letters = Vec::new();
         let major = u64::from(route.0);
-        let from = (major, from.min(u64::MAX >> PART_BITS) << PART_BITS);
+        let from = (major, from.clamp(1, u64::MAX >> PART_BITS) << PART_BITS);
         each_parted(
             &*self.rows,
             Table::DeadLetter,

@@ -39,7 +39,7 @@ pub enum Table {
     Outbox = b'f',
     /// Cursor of an outbox: (output, part).
     OutboxCursor = b'F',
-    /// Dead letters: (route, seq << 16 | part).
+    /// Dead letters: (route, seq << 16 | part); number 0 holds the number given last.
     DeadLetter = b'd',
     /// Which runs have large payloads in a payload segment: (segment, run). Not one of the tables of runs.
     Payload = b'g',

@@ -10,10 +10,6 @@ pub trait Rows: Send + Sync {
     /// The value of a row.
     fn get(&self, key: RowKey) -> Result<Option<Bytes>, StorageError>;
     /// The value, if that is known without waiting: `Some(None)` is a row known to be deleted, `None` is unknown.
-    #[expect(
-        clippy::option_option,
-        reason = "unknown, known to be absent and present are three answers"
-    )]
     fn recent(&self, key: RowKey) -> Option<Option<Bytes>>;
     /// Visits at most `limit` rows of a table from (major, minor) `from` on and before `to`, ascending, until `visit` says `false`.
     fn scan(

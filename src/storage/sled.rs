@@ -108,11 +108,7 @@ impl Sled {
     fn prove_syncs(&self) -> Result<(), StorageError> {
         guarded("proving that a flush is a sync", || {
             let count = match self.tree.get(PROOF_KEY)? {
-                Some(bytes) => bytes
-                    .as_ref()
-                    .try_into()
-                    .map(u64::from_le_bytes)
-                    .unwrap_or(0),
+                Some(bytes) => bytes.as_ref().try_into().map_or(0, u64::from_le_bytes),
                 None => 0,
             };
             let before = sync_shim::sled_syncs();
@@ -208,7 +204,8 @@ fn open_patiently(path: &Path, cache_bytes: u64) -> Result<Db, StorageError> {
 }
 
 fn is_locked(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::WouldBlock || error.to_string().contains("could not acquire lock")
+    error.kind() == io::ErrorKind::WouldBlock
+        || error.to_string().contains("could not acquire lock")
 }
 
 /// Renames `snap.*` so that sled does not find them. `Ok(false)`: there were none.

@@ -6,36 +6,33 @@
 //! Invariants: after every batch all sums are exact (I17); the log position moves only with a window's last slice, because
 //! facts are idempotent and an interrupted window is applied again from its beginning.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::ops::Bound;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 
 use super::StorageError;
 use super::digest::{
-    CHUNKS, ENDED, GROUPS, HEADLESS, OPEN, PageSum, RUN_TABLES, RunDigest, chunk_of, chunk_runs,
-    run_table,
+    CHUNKS, ENDED, GROUPS, HEADLESS, OPEN, PageSum, RunDigest, chunk_of, chunk_runs, run_table,
 };
 use super::meta::{META_KEY, Meta, StateMeta};
-use super::overlay::{Generation, TABLES};
-use super::paged_table::{
-    Change, LAST, Op, PagedTable, Progress, corrupt, next_place, parse, place_before,
-};
-use super::pages::{self, FILL_BYTES, NONE, PageError, PageKey, Place, key_parts};
+use super::overlay::Generation;
+use super::paged_table::{Change, LAST, PagedTable, corrupt, parse};
+use super::pages::{self, NONE, PageError, PageKey, Place, key_parts};
 use super::row::Table;
 use super::sled::{Sled, guarded, sync_created};
+use super::window::Window;
 
 /// A point read checks the digest of a run's table up to this many pages (64 MiB, some 100 ms); a larger one is checked by its
 /// first scan, which reads all of it anyway. Until then its pages are believed by checksum and position.
 const POINT_CHECK_PAGES: u64 = 16_384;
+/// A sync follows each second slice, so that few of sled's buffers are on their way at once. sled writes them, and shortens its
+/// file, by a pool of seven threads that never grows once they are busy. A writer that waits for the shortening holds the
+/// lock that buffers need at their end: when seven of them wait for it, nothing ever moves again (seen with 512 KiB segments
+/// and no flush). A slice ends in a buffer of its own and takes three when everything around it is cleaned as well.
+const UNSYNCED_SLICES: u32 = 2;
 /// So many (table, run) are remembered as checked; then all are forgotten and checked again when read.
 const REMEMBERED: usize = 1 << 20;
-/// Rows of each table that a slice looks at: ten pages of ordinary rows.
-const SLICE_BYTES: usize = 10 * FILL_BYTES;
-/// And at most so many rows.
-const SLICE_ROWS: usize = 1_024;
-
 /// Rows found by a scan, and where to go on (`None`: at the end).
 #[derive(Debug, Default)]
 pub(crate) struct Found {
@@ -55,36 +52,7 @@ pub(crate) struct State {
     checked: HashSet<(u8, u64)>,
     checked_chunks: HashSet<u64>,
     written: u64,
-}
-
-/// How far a window has been applied.
-#[derive(Debug)]
-pub(crate) struct Window {
-    /// Of which table ranges are being deleted, and from where on.
-    ranges: usize,
-    range_from: Place,
-    runs: Vec<u64>,
-    run_at: Option<(usize, Place)>,
-    cursors: [Option<Place>; TABLES.len()],
-}
-
-impl Window {
-    /// At the beginning.
-    pub(crate) fn new(generation: &Generation) -> Self {
-        Self {
-            ranges: 0,
-            range_from: (0, 0),
-            runs: generation.deleted_runs().iter().rev().copied().collect(),
-            run_at: None,
-            cursors: [Some((0, 0)); TABLES.len()],
-        }
-    }
-}
-
-/// Differences of digests that a slice has made.
-#[derive(Debug, Default)]
-struct Differences {
-    runs: BTreeMap<u64, RunDigest>,
+    unsynced: u32,
 }
 
 impl State {
@@ -123,7 +91,11 @@ impl State {
                 let expected = state.meta.groups.get(&table).copied().unwrap_or_default();
                 let found = state.sum(table, (0, 0), LAST)?;
                 if found != expected {
-                    return Err(stale(&format!("table {}", char::from(table)), found, expected));
+                    return Err(stale(
+                        &format!("table {}", char::from(table)),
+                        found,
+                        expected,
+                    ));
                 }
             }
             state.check_open_runs()
@@ -135,10 +107,13 @@ impl State {
     pub(crate) fn open_unchecked(path: &Path, cache_bytes: u64) -> Result<Self, StorageError> {
         let sled = Sled::open(path, cache_bytes)?;
         let meta = guarded("reading the meta record", || {
-            let bytes = sled.tree.get(META_KEY)?.ok_or_else(|| StorageError::Corrupt {
-                record: "the meta record".into(),
-                detail: "it is missing".into(),
-            })?;
+            let bytes = sled
+                .tree
+                .get(META_KEY)?
+                .ok_or_else(|| StorageError::Corrupt {
+                    record: "the meta record".into(),
+                    detail: "it is missing".into(),
+                })?;
             Meta::decode(&bytes, &path.display().to_string())
         })?;
         Ok(Self {
@@ -149,6 +124,7 @@ impl State {
             checked: HashSet::new(),
             checked_chunks: HashSet::new(),
             written: 0,
+            unsynced: 0,
         })
     }
 
@@ -204,7 +180,8 @@ impl State {
     }
 
     /// Makes everything applied survive a power cut.
-    pub(crate) fn sync(&self) -> Result<(), StorageError> {
+    pub(crate) fn sync(&mut self) -> Result<(), StorageError> {
+        self.unsynced = 0;
         self.sled.sync()
     }
 
@@ -232,18 +209,10 @@ impl State {
         let mut meta = self.meta.clone();
         meta.high = meta.high.max(reach.position);
         let mut change = Change::new(&self.sled.tree, meta.high, &meta.firsts);
-        let mut headers: BTreeMap<u8, Vec<(u64, Option<&[u8]>)>> = BTreeMap::new();
-
-        let mut done = apply_ranges(generation, window, &mut change, budget)?;
-        done = done && apply_runs(window, &mut change, &mut headers, budget)?;
-        done = done && apply_rows(generation, window, &mut change, &mut headers, budget)?;
-
-        let differences = differences_of_runs(&change);
-        apply_headers(&mut change, &headers, &differences)?;
-        apply_chunks(&mut change)?;
+        let done = window.apply(generation, &mut change, budget)?;
         for (key, old, new) in change.differences() {
             if let Some(sum) = meta.groups.get_mut(&key[0]) {
-                count(sum, old, new);
+                sum.replace(old, new);
             }
         }
         if done {
@@ -257,18 +226,26 @@ impl State {
             };
         }
         self.written += change.bytes() as u64;
+        self.unsynced += 1;
         let (mut batch, firsts) = change.into_batch();
         meta.firsts.extend(firsts);
         batch.insert(META_KEY, meta.encode());
         self.sled.tree.apply_batch(batch)?;
         self.meta = meta;
+        if self.unsynced >= UNSYNCED_SLICES {
+            self.sync()?;
+        }
         Ok(done)
     }
 
     // ---- reading ----------------------------------------------------------------------------------------------------
 
     /// A row.
-    pub(crate) fn get(&mut self, table: Table, place: Place) -> Result<Option<Bytes>, StorageError> {
+    pub(crate) fn get(
+        &mut self,
+        table: Table,
+        place: Place,
+    ) -> Result<Option<Bytes>, StorageError> {
         guarded("reading", || {
             let byte = table as u8;
             let page = self.pages().floor(byte, place)?;
@@ -383,7 +360,9 @@ impl State {
                 for at in (0..view.lower_bound(before)).rev() {
                     let entry = view.entry(at);
                     let value = own_value(byte, &key, entry.value)?;
-                    found.rows.push((entry.place, Bytes::copy_from_slice(value)));
+                    found
+                        .rows
+                        .push((entry.place, Bytes::copy_from_slice(value)));
                 }
             }
             if found.next.is_none() {
@@ -400,7 +379,12 @@ impl State {
     // ---- checking ---------------------------------------------------------------------------------------------------
 
     /// Counts the pages of a stretch, checking each one's checksum and position.
-    pub(crate) fn sum(&self, table: u8, first: Place, last: Place) -> Result<PageSum, StorageError> {
+    pub(crate) fn sum(
+        &self,
+        table: u8,
+        first: Place,
+        last: Place,
+    ) -> Result<PageSum, StorageError> {
         let mut sum = PageSum::default();
         for page in self.pages().pages(table, first, last) {
             let (key, bytes) = page?;
@@ -476,7 +460,11 @@ impl State {
         let found = self.sum(ENDED, (*runs.start(), 0), (*runs.end(), u64::MAX))?;
         if found != expected {
             return Err(stale(
-                &format!("headers of ended runs {:x} to {:x}", runs.start(), runs.end()),
+                &format!(
+                    "headers of ended runs {:x} to {:x}",
+                    runs.start(),
+                    runs.end()
+                ),
                 found,
                 expected,
             ));
@@ -564,272 +552,4 @@ fn stale(what: &str, found: PageSum, expected: PageSum) -> StorageError {
             found.pages, found.digest, expected.pages, expected.digest
         ),
     }
-}
-
-fn count(sum: &mut PageSum, old: Option<u64>, new: Option<u64>) {
-    if old != new {
-        if let Some(checksum) = old {
-            sum.remove(checksum);
-        }
-        if let Some(checksum) = new {
-            sum.add(checksum);
-        }
-    }
-}
-
-/// Deletes ranges; `true`: all of them are gone.
-fn apply_ranges(
-    generation: &Generation,
-    window: &mut Window,
-    change: &mut Change<'_>,
-    budget: usize,
-) -> Result<bool, StorageError> {
-    while let Some(&table) = TABLES.get(window.ranges) {
-        // Ranges do not touch each other, so at most one begins before the place reached and ends behind it.
-        let ranges = generation.deleted_ranges(table);
-        for (&first, &before) in ranges.iter().filter(|&(_, &before)| before > window.range_from) {
-            // A range is not empty, so there is a place before its end.
-            let last = place_before(before).unwrap_or_default();
-            let first = first.max(window.range_from);
-            if let Progress::At(place) = change.delete(table as u8, first, last, budget)? {
-                window.range_from = place;
-                return Ok(false);
-            }
-        }
-        window.ranges += 1;
-        window.range_from = (0, 0);
-    }
-    Ok(true)
-}
-
-/// Deletes runs; `true`: all of them are gone.
-fn apply_runs<'g>(
-    window: &mut Window,
-    change: &mut Change<'_>,
-    headers: &mut BTreeMap<u8, Vec<(u64, Option<&'g [u8]>)>>,
-    budget: usize,
-) -> Result<bool, StorageError> {
-    while let Some(&run) = window.runs.last() {
-        let (mut number, mut from) = window.run_at.take().unwrap_or_else(|| {
-            // Its headers go first: what is left of its digest moves to the table of headless runs.
-            for table in [OPEN, ENDED] {
-                headers.entry(table).or_default().push((run, None));
-            }
-            (0, (run, 0))
-        });
-        while number < RUN_TABLES.len() {
-            match change.delete(RUN_TABLES[number], from, (run, u64::MAX), budget)? {
-                Progress::At(place) => {
-                    window.run_at = Some((number, place));
-                    return Ok(false);
-                }
-                Progress::Done => {
-                    number += 1;
-                    from = (run, 0);
-                }
-            }
-        }
-        window.runs.pop();
-        let headers_touched = headers.get(&OPEN).map_or(0, Vec::len);
-        if change.touched() >= budget || headers_touched >= SLICE_ROWS {
-            return Ok(window.runs.is_empty());
-        }
-    }
-    Ok(true)
-}
-
-/// Writes rows; `true`: all of them are written. Tables of runs advance together, run by run, so that the header of a small
-/// run is written once; then the others.
-fn apply_rows<'g>(
-    generation: &'g Generation,
-    window: &mut Window,
-    change: &mut Change<'_>,
-    headers: &mut BTreeMap<u8, Vec<(u64, Option<&'g [u8]>)>>,
-    budget: usize,
-) -> Result<bool, StorageError> {
-    let mut taken: Vec<(usize, Vec<Op<'g>>)> = Vec::new();
-    let mut bound = u64::MAX;
-    for (at, &table) in TABLES.iter().enumerate() {
-        let Some(from) = window.cursors[at] else {
-            continue;
-        };
-        let mut ops = Vec::new();
-        let mut bytes = 0;
-        for (&place, value) in generation.rows(table).range(from..) {
-            if bytes >= SLICE_BYTES || ops.len() == SLICE_ROWS {
-                if super::overlay::is_of_runs(table) {
-                    bound = bound.min(ops.last().map_or(place.0, |op: &Op<'_>| op.place.0));
-                }
-                break;
-            }
-            bytes += 16 + value.as_ref().map_or(0, Bytes::len);
-            ops.push(Op {
-                place,
-                value: value.as_deref(),
-            });
-        }
-        if ops.is_empty() {
-            window.cursors[at] = None;
-        } else {
-            taken.push((at, ops));
-        }
-    }
-    for (at, mut ops) in taken {
-        let table = TABLES[at];
-        let of_runs = super::overlay::is_of_runs(table);
-        if of_runs {
-            ops.truncate(ops.partition_point(|op| op.place.0 <= bound));
-        }
-        if ops.is_empty() {
-            continue;
-        }
-        let n = if run_table(table as u8).is_none() && of_runs {
-            let into = headers.entry(table as u8).or_default();
-            into.extend(ops.iter().map(|op| (op.place.0, op.value)));
-            into.sort_by_key(|(run, _)| *run); // stable: a row comes after the deletion of an older one
-            ops.len()
-        } else if change.touched() >= budget {
-            0
-        } else {
-            change.apply(table as u8, &ops, budget)?
-        };
-        if n > 0 {
-            let last = ops[n - 1].place;
-            window.cursors[at] = next_place(last).filter(|&place| {
-                generation
-                    .rows(table)
-                    .range((Bound::Included(place), Bound::Unbounded))
-                    .next()
-                    .is_some()
-            });
-        }
-    }
-    Ok(window.cursors.iter().all(Option::is_none))
-}
-
-fn differences_of_runs(change: &Change<'_>) -> Differences {
-    let mut differences = Differences::default();
-    for (number, &table) in RUN_TABLES.iter().enumerate() {
-        for (key, old, new) in change.differences_in(table) {
-            let run = key_parts(key).1.0;
-            let digest = differences.runs.entry(run).or_default();
-            count(&mut digest.tables[number], old, new);
-        }
-    }
-    differences
-}
-
-/// Writes the headers of runs with their digests: where a header is, there the digest is; `o` before `r`, and `q` for none.
-fn apply_headers(
-    change: &mut Change<'_>,
-    headers: &BTreeMap<u8, Vec<(u64, Option<&[u8]>)>>,
-    differences: &Differences,
-) -> Result<(), StorageError> {
-    let mut runs: BTreeSet<u64> = differences.runs.keys().copied().collect();
-    let mut wanted: [BTreeMap<u64, Option<&[u8]>>; 2] = [BTreeMap::new(), BTreeMap::new()];
-    for (side, table) in [OPEN, ENDED].into_iter().enumerate() {
-        for &(run, value) in headers.get(&table).into_iter().flatten() {
-            runs.insert(run);
-            wanted[side].insert(run, value);
-        }
-    }
-    if runs.is_empty() {
-        return Ok(());
-    }
-    let places: Vec<Place> = runs.iter().map(|&run| (run, 0)).collect();
-    let tables = [OPEN, ENDED, HEADLESS];
-    let mut stored = Vec::with_capacity(3);
-    for table in tables {
-        stored.push(change.get_many(table, &places)?);
-    }
-    let mut written: [Vec<(Place, Option<Vec<u8>>)>; 3] = Default::default();
-    for (at, &run) in runs.iter().enumerate() {
-        let mut digest = RunDigest::default();
-        let mut own: [Option<&[u8]>; 2] = [None, None];
-        for (side, table) in tables.into_iter().enumerate() {
-            if let Some(bytes) = &stored[side][at] {
-                let key = pages::page_key(table, (run, 0));
-                let (found, value) =
-                    RunDigest::read(bytes).map_err(|error| corrupt(&key, error))?;
-                digest.merge(&found); // at most one of them is not zero
-                if side < 2 {
-                    own[side] = Some(value);
-                }
-            }
-        }
-        for side in 0..2 {
-            if let Some(value) = wanted[side].get(&run) {
-                own[side] = *value;
-            }
-        }
-        if let Some(difference) = differences.runs.get(&run) {
-            digest.merge(difference);
-        }
-        let mut left = Some(digest);
-        for side in 0..3 {
-            let value = if side < 2 {
-                own[side].map(|value| {
-                    let mut bytes = Vec::with_capacity(value.len() + RunDigest::MAX_BYTES);
-                    left.take().unwrap_or_default().write(&mut bytes);
-                    bytes.extend_from_slice(value);
-                    bytes
-                })
-            } else {
-                left.filter(|digest| !digest.is_zero()).map(|digest| {
-                    let mut bytes = Vec::new();
-                    digest.write(&mut bytes);
-                    bytes
-                })
-            };
-            if value != stored[side][at] {
-                written[side].push(((run, 0), value));
-            }
-        }
-    }
-    for (side, table) in tables.into_iter().enumerate() {
-        apply_all(change, table, &written[side])?;
-    }
-    Ok(())
-}
-
-/// Brings the sums over chunks of ended runs up to the pages changed.
-fn apply_chunks(change: &mut Change<'_>) -> Result<(), StorageError> {
-    let mut chunks: BTreeMap<u64, PageSum> = BTreeMap::new();
-    for (key, old, new) in change.differences_in(ENDED) {
-        let chunk = chunk_of(key_parts(key).1.0);
-        count(chunks.entry(chunk).or_default(), old, new);
-    }
-    let places: Vec<Place> = chunks.keys().map(|&chunk| (chunk, 0)).collect();
-    let stored = change.get_many(CHUNKS, &places)?;
-    let mut written = Vec::with_capacity(places.len());
-    for ((place, stored), difference) in places.into_iter().zip(stored).zip(chunks.values()) {
-        let mut sum = match stored {
-            None => PageSum::default(),
-            Some(bytes) => PageSum::from_bytes(&bytes)
-                .map_err(|error| corrupt(&pages::page_key(CHUNKS, place), error))?,
-        };
-        sum.merge(*difference);
-        let value = (!sum.is_zero()).then(|| sum.to_bytes().to_vec());
-        written.push((place, value));
-    }
-    apply_all(change, CHUNKS, &written)
-}
-
-fn apply_all(
-    change: &mut Change<'_>,
-    table: u8,
-    rows: &[(Place, Option<Vec<u8>>)],
-) -> Result<(), StorageError> {
-    let ops: Vec<Op<'_>> = rows
-        .iter()
-        .map(|(place, value)| Op {
-            place: *place,
-            value: value.as_deref(),
-        })
-        .collect();
-    let mut at = 0;
-    while at < ops.len() {
-        at += change.apply(table, &ops[at..], usize::MAX)?;
-    }
-    Ok(())
 }

@@ -24,8 +24,9 @@ use super::pages::Place;
 use super::row::{RowKey, Table};
 pub use super::rows::Rows;
 use super::sled::{CACHE_BYTES, guarded};
-use super::state::{Found, State, Window};
+use super::state::{Found, State};
 use super::sync_shim::{boot_clock_ms, malloc_trim};
+use super::window::Window;
 
 /// Rows that one request to the storage thread brings back, about.
 const CHUNK_ROWS: usize = 2_048;
@@ -37,6 +38,12 @@ const QUIET: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_secs(30);
 /// When idle, sled is reopened if it has written this much since its last open.
 const IDLE_REOPEN_BYTES: u64 = 128 << 20;
+
+/// One call of sled may take so long, on a disk whose syncs take seconds.
+const STUCK_MS: u64 = 120_000;
+/// Who waits for an answer looks now and then whether one can still come.
+const PATIENCE: Duration = Duration::from_secs(5);
+const JOIN_PAUSE: Duration = Duration::from_millis(1);
 
 /// How the storage thread works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,6 +106,8 @@ struct Shared {
     failed: OnceLock<String>,
     /// The owner is gone without closing: nothing more is to be done.
     abandoned: AtomicBool,
+    /// Since when the thread has been inside of sled; 0 when it is not.
+    busy_since_ms: AtomicU64,
 }
 
 impl Shared {
@@ -115,11 +124,19 @@ impl Shared {
         *self.synced.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Why nothing more will come, if that is so.
+    fn failed(&self) -> Option<String> {
+        if let Some(why) = self.failed.get() {
+            return Some(why.clone());
+        }
+        let busy = self.busy_since_ms.load(Ordering::Relaxed);
+        (busy != 0 && boot_clock_ms().saturating_sub(busy) > STUCK_MS)
+            .then(|| "sled has not answered for two minutes".into())
+    }
+
     fn stopped(&self) -> StorageError {
         StorageError::Stopped(
-            self.failed
-                .get()
-                .cloned()
+            self.failed()
                 .unwrap_or_else(|| "the storage thread has ended".into()),
         )
     }
@@ -211,6 +228,12 @@ impl StateThread {
         self.shared.synced()
     }
 
+    /// The synced position, for readers on any thread.
+    pub fn watch(&self) -> Arc<dyn Fn() -> u64 + Send + Sync> {
+        let shared = Arc::clone(&self.shared);
+        Arc::new(move || shared.synced().0)
+    }
+
     /// Bytes of log that a start would have to replay.
     pub fn unapplied_log_bytes(&self, current_position: u64) -> u64 {
         current_position.saturating_sub(self.synced().0)
@@ -218,7 +241,7 @@ impl StateThread {
 
     /// Why the store must stop (G17), if it must.
     pub fn failed(&self) -> Option<String> {
-        self.shared.failed.get().cloned()
+        self.shared.failed()
     }
 
     /// Brings sled to everything pushed, synced.
@@ -234,10 +257,17 @@ impl StateThread {
     }
 
     fn join(&mut self) {
-        if let Some(thread) = self.thread.take() {
-            // Its panics are errors of the requests that were open.
-            let _ = thread.join();
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        while !thread.is_finished() {
+            if self.shared.failed.get().is_none() && self.shared.failed().is_some() {
+                return; // stuck inside of sled: the process ends without it
+            }
+            std::thread::sleep(JOIN_PAUSE);
         }
+        // Its panics are errors of the requests that were open.
+        let _ = thread.join();
     }
 }
 
@@ -262,7 +292,23 @@ fn ask<T>(
     requests
         .send(request(answer))
         .map_err(|_| shared.stopped())?;
-    wait.recv().unwrap_or_else(|_| Err(shared.stopped()))
+    loop {
+        match wait.recv_timeout(PATIENCE) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Timeout) if shared.failed().is_none() => {}
+            Err(_) => return Err(shared.stopped()),
+        }
+    }
+}
+
+/// Notes since when the thread is inside of sled: if that never ends, the store must stop rather than wait for ever (G17).
+fn busy<T>(shared: &Shared, call: impl FnOnce() -> T) -> T {
+    shared
+        .busy_since_ms
+        .store(boot_clock_ms().max(1), Ordering::Relaxed);
+    let result = call();
+    shared.busy_since_ms.store(0, Ordering::Relaxed);
+    result
 }
 
 // ---- reading ----------------------------------------------------------------------------------------------------------
@@ -413,9 +459,11 @@ impl Worker {
     /// sled writes what it has buffered, and may fail or panic at that.
     fn close(&mut self) -> Result<(), StorageError> {
         let state = self.state.take();
-        guarded("closing", move || {
-            drop(state);
-            Ok(())
+        busy(&self.shared, || {
+            guarded("closing", move || {
+                drop(state);
+                Ok(())
+            })
         })
     }
 
@@ -478,8 +526,7 @@ impl Worker {
     }
 
     fn due_in(&self) -> Duration {
-        let age = boot_clock_ms()
-            .saturating_sub(self.shared.first_push_ms.load(Ordering::Relaxed));
+        let age = boot_clock_ms().saturating_sub(self.shared.first_push_ms.load(Ordering::Relaxed));
         Duration::from_millis(self.options.window_ms.saturating_sub(age))
     }
 
@@ -533,7 +580,7 @@ impl Worker {
         let Some(state) = self.state.as_mut() else {
             return Err(self.shared.stopped());
         };
-        let result = call(state);
+        let result = busy(&self.shared, || call(state));
         if let Err(error @ (StorageError::State { .. } | StorageError::Io { .. })) = &result {
             let _ = self.shared.failed.set(error.to_string());
         }
@@ -588,8 +635,10 @@ impl Worker {
             }
         }
         let applied = self.shared.write().applied();
-        let state = self.state.as_ref().ok_or_else(|| self.shared.stopped())?;
-        state.sync()?;
+        let Some(state) = self.state.as_mut() else {
+            return Err(self.shared.stopped());
+        };
+        busy(&self.shared, || state.sync())?;
         let reach = generation.reach();
         *self
             .shared
@@ -610,7 +659,9 @@ impl Worker {
         window: &mut Window,
     ) -> Result<bool, StorageError> {
         match self.state.as_mut() {
-            Some(state) => state.apply_slice(generation, window, self.options.slice_pages),
+            Some(state) => busy(&self.shared, || {
+                state.apply_slice(generation, window, self.options.slice_pages)
+            }),
             None => Err(self.shared.stopped()),
         }
     }
@@ -618,7 +669,7 @@ impl Worker {
     fn reopen(&mut self) -> Result<(), StorageError> {
         if let Some(state) = self.state.take() {
             state.sled().check_blobs()?;
-            self.state = Some(state.reopen()?);
+            self.state = Some(busy(&self.shared, || state.reopen())?);
         }
         Ok(())
     }

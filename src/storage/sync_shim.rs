@@ -95,6 +95,19 @@ pub fn malloc_trim() {
     }
 }
 
+/// Bytes of heap in use, by the allocator's own count over all its arenas; 0 where that cannot be told.
+#[must_use]
+pub fn heap_bytes() -> u64 {
+    #[cfg(target_env = "gnu")]
+    {
+        // SAFETY: thread-safe, returns a plain structure.
+        let info = unsafe { libc::mallinfo2() };
+        (info.uordblks + info.hblkhd) as u64
+    }
+    #[cfg(not(target_env = "gnu"))]
+    0
+}
+
 /// Room on the file system that holds `path`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskSpace {

@@ -175,6 +175,7 @@ fn ensure(holds: bool, why: impl FnOnce() -> String) -> Outcome {
     if holds { Ok(()) } else { Err(why()) }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "handed to map_err")]
 fn text(error: BridgeError) -> String {
     format!("the bridge failed: {error}")
 }

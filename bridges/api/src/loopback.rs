@@ -54,7 +54,7 @@ pub struct Faults {
 }
 
 /// Bodies over this many bytes are unusable, inbound, and refused, outbound.
-pub const MAX_BODY: usize = 1 << 20;
+pub const MAX_BODY: usize = 64 << 10;
 
 /// Deliveries that may be unconfirmed.
 pub const WINDOW: usize = 64;

@@ -179,6 +179,13 @@ mod tests {
 
     use super::*;
 
+    struct Bad;
+    impl Read for Bad {
+        fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
+            Err(std::io::Error::other("unplugged"))
+        }
+    }
+
     fn bodies(messages: &[Message]) -> Vec<&str> {
         messages
             .iter()
@@ -246,12 +253,6 @@ mod tests {
         source.pause(false).await.unwrap();
         assert_eq!(source.receive(1).await.unwrap().unwrap().len(), 1);
 
-        struct Bad;
-        impl Read for Bad {
-            fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
-                Err(std::io::Error::other("unplugged"))
-            }
-        }
         let mut source = LineStream::read("test", Bad, 100).source().await;
         let error = source.receive(1).await.unwrap_err().to_string();
         assert!(

@@ -1,5 +1,7 @@
 //! The file bridge passes the suite of all bridges.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;

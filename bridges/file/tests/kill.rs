@@ -1,5 +1,7 @@
 //! SIGKILL in the middle of writing, again and again: each line once, none lost, whatever the instant.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;

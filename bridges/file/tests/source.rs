@@ -1,5 +1,7 @@
 //! What happens to files while they are read: they grow, end, are cut, overwritten, replaced, and come back.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};

@@ -30,6 +30,7 @@ from ._connection import Address, greet, warn
 from ._current import RUNNING, Attempt
 from ._errors import ConnectionLost, DagoramaError, refusal
 from ._exceptions import describe, rebuild
+from ._journal import Journal
 from ._payload import SCALAR_RESULTS, decode_arguments, encode_result, read_values, unpickled
 from ._promise import Outcome
 from ._retry import ONCE, Retry
@@ -146,12 +147,14 @@ class Executor:
         self._stopped: set[Key] = set()  # those of them that were revoked
         self._working = threading.Event()
         self._runner: asyncio.Runner | None = None
+        self._journal: Journal | None = None
 
     # ---- life ----
 
     def run(self, parent: int | None = None) -> None:
         """Work until stopped. ``parent``: a pipe whose end means that the supervisor is gone."""
         self._parent = parent
+        self._journal = Journal.from_environment()  # here: the process is the one that works
         self._connect()
         helper = threading.Thread(target=self._push_out, name="dagorama-flush", daemon=True)
         helper.start()
@@ -300,6 +303,8 @@ class Executor:
         """The frame for these outcomes; they are repeated until it is answered."""
         request = next(self._request)
         self._unanswered[request] = items
+        if self._journal is not None:
+            self._journal.sent(items)
         return frame(FINISH_VERB, U32.pack(len(items)) + b"".join(items), request)
 
     def _credit(self) -> int:
@@ -434,11 +439,15 @@ class Executor:
         if items is None:
             return
         at = 4
+        refused: set[int] = set()
         for _ in range(U32.unpack_from(body)[0]):
             (position,) = U32.unpack_from(body, at)
+            refused.add(position)
             (length,) = U16.unpack_from(body, at + 4)
             self._refused([items[position]], refusal(body[at + 6 : at + 6 + length]))
             at += 6 + length
+        if self._journal is not None:
+            self._journal.answered(items, refused)
 
     def _refused(self, items: list[bytes], error: DagoramaError) -> None:
         """A lease that has ended is no news. An outcome that the broker cannot take is a failure of its node."""
@@ -515,6 +524,7 @@ class Executor:
     def _work(self) -> None:
         """Run what is queued."""
         queue, items, slot, handlers, clock = self._queue, self._items, self._slot, self._handlers, time.perf_counter
+        journal = self._journal
         running, stopped, set_running = self._running, self._stopped, RUNNING.set
         self._working.set()
         slot[20:24] = b"\1\0\0\0"
@@ -548,6 +558,8 @@ class Executor:
                 slot[24:64] = head
                 key = (run, node, number)
                 running.add(key)
+                if journal is not None:
+                    journal.started(run, node, number, handler.name)
                 attempt = Attempt(self, run, salt, node, number, token, handler.name)
                 try:
                     if codec == PICKLE and not ranges:
@@ -669,6 +681,8 @@ class Executor:
         attempt = Attempt(self, first[1], first[2], first[3], first[4], first[5], handler.name)
         attempt.bundle = True
         for lease in leases:
+            if self._journal is not None:
+                self._journal.started(lease[1], lease[3], lease[4], handler.name)
             try:
                 args, kwargs = decode_arguments(lease[7], lease[9], self._inputs(lease[1], lease[2], lease[8], lease[10]))
                 if "$retry" in kwargs:

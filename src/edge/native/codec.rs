@@ -338,12 +338,7 @@ impl Cursor {
     }
 
     /// The same for nodes and items, of which a frame may carry only so many.
-    fn items(
-        &mut self,
-        count: u32,
-        least: usize,
-        field: &'static str,
-    ) -> Result<usize, Malformed> {
+    fn items(&mut self, count: u32, least: usize, field: &'static str) -> Result<usize, Malformed> {
         let count = self.room(count, least, field)?;
         if count > self.budget {
             return Err(Malformed::too_large(

@@ -293,10 +293,7 @@ fn corpus() -> Vec<(&'static str, Bytes, Decoder)> {
 
 #[test]
 fn every_body_comes_back() {
-    assert_eq!(
-        decode_submit(listed(&submits(), put_submit)),
-        Ok(submits())
-    );
+    assert_eq!(decode_submit(listed(&submits(), put_submit)), Ok(submits()));
 
     let mut got = decode_finish(listed(&finishes(), put_finish)).expect("finish");
     assert!(got.iter().all(|f| f.digest != 0));
@@ -397,9 +394,14 @@ fn fields_that_are_wrong_are_named() {
         ("node delay", &submit, at + 8 + 5, 3, "delay", |b| {
             decode_submit(b).map(drop)
         }),
-        ("no delay but a value", &submit, at + 8 + 16, 1, "delay", |b| {
-            decode_submit(b).map(drop)
-        }),
+        (
+            "no delay but a value",
+            &submit,
+            at + 8 + 16,
+            1,
+            "delay",
+            |b| decode_submit(b).map(drop),
+        ),
         ("node reserved", &submit, at + 8 + 6, 1, "reserved", |b| {
             decode_submit(b).map(drop)
         }),

@@ -34,6 +34,8 @@ pub(super) struct Peer {
     pub(super) inherited: HashSet<(NodeKey, Attempt)>,
     /// Requests without a reply.
     pub(super) requests: Arc<Semaphore>,
+    /// Answers that are being read from the store: each may take some memory.
+    pub(super) reads: Arc<Semaphore>,
     /// WAITs without a reply.
     pub(super) waits: Arc<Semaphore>,
     /// The tasks of those: nobody waits any more when the connection has closed.
@@ -99,12 +101,12 @@ async fn serve(
     let hello_timeout = shared.limits.hello_timeout;
     let (request, hello) = tokio::time::timeout(hello_timeout, incoming.hello())
         .await
-        .map_err(|_| {
-            Rejection::new(
+        .unwrap_or_else(|_| {
+            Err(incoming.untold(Rejection::new(
                 Code::InvalidRequest,
                 "the first frame did not arrive in time",
-            )
-        })??;
+            )))
+        })?;
     let connection = shared.connection_number();
     let mut peer = Peer {
         shared: Arc::clone(&shared),
@@ -113,6 +115,7 @@ async fn serve(
         definitions: Definitions::default(),
         inherited: HashSet::new(),
         requests: Arc::clone(requests),
+        reads: Arc::new(Semaphore::new(shared.limits.reads_per_connection)),
         waits: Arc::new(Semaphore::new(shared.limits.waits_per_connection)),
         waiting: requests::Waiting::new(),
     };
@@ -144,13 +147,19 @@ async fn serve(
                         outgoing.clone(),
                     ))
                 }
-                Ok(_) => return Err(requests::unexpected().into()),
-                Err(stopped) => return Err(requests::stopping(&stopped).into()),
+                answer => {
+                    shared.sessions.leave(session, connection, || ());
+                    let rejection = match answer {
+                        Err(stopped) => requests::stopping(&stopped),
+                        Ok(_) => requests::unexpected(),
+                    };
+                    return Err(rejection.into());
+                }
             };
             let ended = tokio::select! {
                 ended = frames(incoming, &mut peer) => ended,
                 // Another connection has taken the session, or the engine has stopped.
-                _ = outlived(pushing) => Err(End::Closed),
+                () = outlived(pushing) => Err(End::Closed),
             };
             let stopping = *shared.stop.borrow();
             shared.sessions.leave(session, connection, || {
@@ -184,8 +193,9 @@ async fn frames(incoming: &mut Incoming, peer: &mut Peer) -> Result<(), End> {
     loop {
         let next = tokio::select! {
             biased;
-            next = incoming.next(peer.session) => next,
+            // First, so that a peer that never stops sending does not hold up a shutdown.
             _ = stop.wait_for(|stop| *stop) => return Err(End::Closed),
+            next = incoming.next(peer.session) => next,
         };
         let Some((frame, charge)) = next? else {
             return Ok(());
@@ -200,11 +210,7 @@ fn welcome(peer: &Peer, request: u32, leases: Vec<(u64, u32, u32)>) {
     let document = json::Welcome {
         version: VERSION,
         broker: concat!("dagorama ", env!("CARGO_PKG_VERSION")).to_owned(),
-        store: info
-            .store_id
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect(),
+        store: convert::store_text(info.store_id),
         session: peer.session.map(convert::session_text),
         lease_ms: info.lease_ms,
         heartbeat_ms: (info.lease_ms / 3).max(1),
@@ -267,10 +273,21 @@ struct Incoming {
 }
 
 impl Incoming {
+    /// What someone is told who has not shown the token: where one is asked for, one word (G18).
+    fn untold(&self, rejection: Rejection) -> End {
+        End::Refused(match self.shared.token {
+            Some(_) => unauthenticated(),
+            None => rejection,
+        })
+    }
+
     /// Reads the first frame and checks who it is. Until this returns, nothing else is answered.
     async fn hello(&mut self) -> Result<(u32, json::Hello), End> {
-        let unauthenticated = || Rejection::new(Code::Unauthenticated, "unauthenticated");
-        let header = self.header().await?.ok_or(End::Closed)?;
+        let header = match self.header().await {
+            Ok(header) => header.ok_or(End::Closed)?,
+            Err(End::Refused(rejection)) => return Err(self.untold(rejection)),
+            Err(End::Closed) => return Err(End::Closed),
+        };
         // Whoever does not begin with HELLO is told no more than whoever brings a wrong token.
         if header.verb != Verb::Hello || header.length > MAX_JSON_BYTES {
             return Err(unauthenticated().into());
@@ -283,7 +300,11 @@ impl Incoming {
                     "too many connections begin at once: try again in a moment",
                 )
             })?;
-        let frame = self.body(header).await?.ok_or(End::Closed)?;
+        let frame = match self.body(header).await {
+            Ok(frame) => frame.ok_or(End::Closed)?,
+            Err(End::Refused(rejection)) => return Err(self.untold(rejection)),
+            Err(End::Closed) => return Err(End::Closed),
+        };
         let hello: Result<json::Hello, Malformed> = json::parse(&frame.body, "HELLO");
         if let Some(expected) = &self.shared.token {
             let given = hello.as_ref().ok().and_then(|hello| hello.token.as_deref());
@@ -374,6 +395,10 @@ impl Incoming {
             Ok(_) => Ok(true),
         }
     }
+}
+
+fn unauthenticated() -> Rejection {
+    Rejection::new(Code::Unauthenticated, "unauthenticated")
 }
 
 /// What a request of that many bytes costs, in KiB: its bytes, and what decoding makes of small items.

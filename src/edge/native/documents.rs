@@ -57,7 +57,10 @@ async fn read<T: Send + 'static>(
     + Send
     + 'static,
 ) -> Result<T, Rejection> {
-    handle.read(f).await.map_err(|error| convert::storage(&error))
+    handle
+        .read(f)
+        .await
+        .map_err(|error| convert::storage(&error))
 }
 
 async fn done(handle: &Handle, command: Command) -> Result<Bytes, Rejection> {
@@ -345,11 +348,6 @@ pub(super) async fn status(
             .collect()
     };
     let info = handle.info();
-    let store: String = info
-        .store_id
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
     let mut document = json!({
         "open_runs": totals.open_runs,
         "open_nodes": totals.open_nodes,
@@ -360,7 +358,7 @@ pub(super) async fn status(
         "outbox": named(&totals.outbox),
         "keys": totals.keys,
         "pid": info.pid,
-        "store": store,
+        "store": convert::store_text(info.store_id),
         "uptime_ms": info.started.elapsed_ms(),
         "log_position": null,
         "sled_position": null,
@@ -388,10 +386,7 @@ pub(super) async fn dlq(
 }
 
 /// BRIDGES.
-pub(super) async fn bridges(
-    asked: Bridges,
-    extensions: Arc<dyn Extensions>,
-) -> Result<Bytes, Rejection> {
+pub(super) fn bridges(asked: &Bridges, extensions: &dyn Extensions) -> Result<Bytes, Rejection> {
     if asked.r#do != "list" {
         return Err(Rejection::new(
             Code::InvalidRequest,

@@ -351,7 +351,10 @@ mod tests {
         let spec: Spec = parse(br#"{"action": "a"}"#, "spec").expect("a spec");
         assert_eq!((spec.queue.as_str(), spec.id), ("default", None));
         assert_eq!(spec.retry.max_losses, 3);
-        assert_eq!((spec.timeout_ms, spec.pin_code, spec.by_name), (None, false, false));
+        assert_eq!(
+            (spec.timeout_ms, spec.pin_code, spec.by_name),
+            (None, false, false)
+        );
         let spec: Spec = parse(
             br#"{"id": 7, "action": "a", "retry": {"max_attempts": 5}, "batch": {}, "new_field": [1]}"#,
             "spec",

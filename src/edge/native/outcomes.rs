@@ -11,15 +11,15 @@ use bytes::Bytes;
 use super::codec::{Fetch, Item, Range, SUCCEEDED};
 use super::requests::{stopping, unexpected};
 use crate::broker::command::{Answer, Code, NodeSummary, Query, Rejection};
-use crate::broker::types::{
-    Body, Codec, NodeIndex, NodeKey, NodeState, Payload, RunId, RunSeq,
-};
+use crate::broker::types::{Body, Codec, NodeIndex, NodeKey, NodeState, Payload, RunId, RunSeq};
 use crate::edge::convert;
 use crate::engine::Handle;
 use crate::storage::Outcome;
 
-/// Nodes that are looked at together.
+/// Nodes that are looked at together, at most.
 const CHUNK: u32 = 1_024;
+/// Bytes of outcomes after which no more are looked at together.
+const CHUNK_BYTES: usize = 1024 * 1024;
 /// A chain of blame is followed for this many steps.
 const MAX_STEPS: usize = 64;
 
@@ -37,6 +37,15 @@ fn item(node: NodeIndex, state: u8, outcome: &Outcome, bytes: Bytes) -> Item {
         ranges: convert::ranges(&outcome.references),
         body: bytes,
     }
+}
+
+/// What an outcome takes in memory.
+fn inline_bytes(outcome: &Outcome) -> usize {
+    let body = match &outcome.payload.body {
+        Body::Inline(bytes) => bytes.len(),
+        Body::Stored(_) => 0,
+    };
+    64 + body + 12 * outcome.references.len()
 }
 
 fn empty(node: NodeIndex, state: u8) -> Item {
@@ -168,16 +177,20 @@ impl<'a> Pages<'a> {
         if self.current.is_none() {
             self.current = self.ranges.next();
         }
-        let Some(range) = &mut self.current else {
+        let Some(range) = &self.current else {
             return Ok(false);
         };
         let (first, count) = (range.first, range.count.min(CHUNK));
-        range.first += count;
-        range.count -= count;
-        if range.count == 0 {
-            self.current = None;
+        let found = self.chunk(first, count).await?;
+        let n = found.len() as u32;
+        if let Some(range) = &mut self.current {
+            range.first += n;
+            range.count -= n;
+            if range.count == 0 {
+                self.current = None;
+            }
         }
-        self.found = self.chunk(first, count).await?.into_iter();
+        self.found = found.into_iter();
         Ok(true)
     }
 
@@ -185,12 +198,13 @@ impl<'a> Pages<'a> {
         NodeKey::new(self.run, node)
     }
 
+    /// What to send for the first of `count` nodes; at least one, all of them if they are small.
     async fn chunk(
         &mut self,
         first: u32,
         count: u32,
     ) -> Result<Vec<(NodeIndex, u8, Option<Outcome>)>, Rejection> {
-        let mut outcomes = self.outcomes(first, count).await?;
+        let (mut outcomes, count) = self.outcomes(first, count).await?;
         let all_plain = outcomes.len() == count as usize && outcomes.values().all(is_plain);
         let summaries = if all_plain {
             HashMap::new()
@@ -216,66 +230,72 @@ impl<'a> Pages<'a> {
         Ok(found)
     }
 
-    /// Outcome rows, from memory if they are there.
+    /// Outcome rows, from memory if they are there, and for how many of the nodes they were looked for.
     async fn outcomes(
         &self,
         first: u32,
         count: u32,
-    ) -> Result<HashMap<NodeIndex, Outcome>, Rejection> {
+    ) -> Result<(HashMap<NodeIndex, Outcome>, u32), Rejection> {
         let reader = self.handle.reader();
         let mut found = HashMap::with_capacity(count as usize);
+        let mut bytes = 0;
         for node in first..first + count {
             let node = NodeIndex(node);
-            match reader.recent_outcome(self.key(node)) {
-                Some(outcome) => {
-                    found.insert(node, outcome);
-                }
-                // Most likely all of the rest are on disk.
-                None => break,
+            // Most likely all of the rest are on disk when one is.
+            let Some(outcome) = reader.recent_outcome(self.key(node)) else {
+                break;
+            };
+            bytes += inline_bytes(&outcome);
+            found.insert(node, outcome);
+            if bytes >= CHUNK_BYTES {
+                break;
             }
         }
         let begun = found.len() as u32;
-        if begun == count {
-            return Ok(found);
+        if begun == count || bytes >= CHUNK_BYTES {
+            return Ok((found, begun));
         }
         let (run, end) = (self.run, first + count);
-        let rest = self
+        let (rest, next) = self
             .handle
             .read(move |reader| {
                 let mut rest = Vec::new();
                 let mut next = first + begun;
-                while next < end {
-                    let page =
-                        reader.outcomes(run, NodeIndex(next), end - next, 4 * 1024 * 1024)?;
+                while next < end && bytes < CHUNK_BYTES {
+                    let page = reader.outcomes(run, NodeIndex(next), end - next, CHUNK_BYTES)?;
                     // Fewer than asked: the page was full, or the rest has no outcome. The latter shows when nothing comes.
-                    let Some((last, _)) = page.last() else { break };
+                    let Some((last, _)) = page.last() else {
+                        next = end;
+                        break;
+                    };
                     next = last.0 + 1;
+                    bytes += page
+                        .iter()
+                        .map(|(_, outcome)| inline_bytes(outcome))
+                        .sum::<usize>();
                     rest.extend(page);
                 }
-                Ok(rest)
+                Ok((rest, next))
             })
             .await
             .map_err(|error| convert::storage(&error))?;
         found.extend(rest);
-        Ok(found)
+        Ok((found, next - first))
     }
 
     async fn run_id(&mut self) -> Result<RunId, Rejection> {
         let seq = self.run;
-        let salt = match self.salt {
-            Some(salt) => salt,
-            None => {
-                let record = self
-                    .handle
-                    .read(move |reader| reader.run(seq))
-                    .await
-                    .map_err(|error| convert::storage(&error))?;
-                record
-                    .ok_or_else(|| {
-                        Rejection::new(Code::UnknownRun, format!("there is no run {:x}", seq.0))
-                    })?
-                    .salt
-            }
+        let salt = if let Some(salt) = self.salt {
+            salt
+        } else {
+            let record = self
+                .handle
+                .read(move |reader| reader.run(seq))
+                .await
+                .map_err(|error| convert::storage(&error))?;
+            let unknown =
+                || Rejection::new(Code::UnknownRun, format!("there is no run {:x}", seq.0));
+            record.ok_or_else(unknown)?.salt
         };
         self.salt = Some(salt);
         Ok(RunId { seq, salt })
@@ -293,7 +313,9 @@ impl<'a> Pages<'a> {
             limit: count as usize,
         };
         match self.handle.query(query).await {
-            Ok(Answer::Nodes(nodes)) => Ok(nodes.into_iter().map(|node| (node.node, node)).collect()),
+            Ok(Answer::Nodes(nodes)) => {
+                Ok(nodes.into_iter().map(|node| (node.node, node)).collect())
+            }
             Ok(Answer::No(rejection)) => Err(rejection),
             Ok(_) => Err(unexpected()),
             Err(stopped) => Err(stopping(&stopped)),
@@ -325,9 +347,7 @@ impl<'a> Pages<'a> {
                 // A tail call; an error is left from an attempt before.
                 _ => self.behind_tail(node).await?,
             },
-            NodeState::Failed | NodeState::Skipped => {
-                Some(self.blame(summary, outcome).await?)
-            }
+            NodeState::Failed | NodeState::Skipped => Some(self.blame(summary, outcome).await?),
             // Not ended, or cancelled: there are no bytes.
             _ => None,
         };
@@ -363,7 +383,11 @@ impl<'a> Pages<'a> {
             let next = match summary.cause {
                 Some(cause) => Some(cause),
                 // A tail call to a node that failed.
-                None => match self.handle.query(Query::Value(self.key(summary.node))).await {
+                None => match self
+                    .handle
+                    .query(Query::Value(self.key(summary.node)))
+                    .await
+                {
                     Ok(Answer::Value { node, .. }) => Some(node),
                     _ => None,
                 },

@@ -7,7 +7,7 @@ use std::future::Future;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use super::codec::{self, Refusal, Submitted, Waited};
@@ -16,15 +16,18 @@ use super::frame::{self, Frame, Malformed, Verb};
 use super::io::Outgoing;
 use super::{documents, json, outcomes};
 use crate::broker::command::{
-    Answer, AttemptEnd, Code, Command, Completion, CreateChildren, NewNode, Query, Rejection, Reply, Submission,
+    Answer, AttemptEnd, Code, Command, Completion, CreateChildren, NewNode, Query, Rejection,
+    Reply, Submission,
 };
 use crate::broker::types::{Body, LeaseToken, NodeKey, Payload, RunId, RunSeq, SessionId};
 use crate::edge::convert;
 use crate::engine::{Handle, Stopped};
-use crate::storage::StorageError;
+use crate::storage::{Pressure, StorageError};
 
 /// Bytes of bodies in one frame of a reply to FETCH.
 const PAGE_BYTES: usize = 1024 * 1024;
+/// Pause before a frame of submissions under [`Pressure::Slow`].
+const SLOW: std::time::Duration = std::time::Duration::from_millis(20);
 
 /// The engine has stopped.
 pub(super) fn stopping(stopped: &Stopped) -> Rejection {
@@ -61,7 +64,8 @@ pub(super) async fn take(
         }
         Verb::Wait => {
             drop(charge);
-            return wait(peer, frame.request, frame.body);
+            wait(peer, frame.request, frame.body);
+            return Ok(());
         }
         _ => {}
     }
@@ -74,6 +78,7 @@ pub(super) async fn take(
         number: frame.request,
         outgoing: peer.outgoing.clone(),
         handle: peer.shared.handle.clone(),
+        reads: Arc::clone(&peer.reads),
         _held: (charge, slot),
     };
     match frame.verb {
@@ -88,10 +93,10 @@ pub(super) async fn take(
         Verb::Resume => request.document(&frame.body, "RESUME", |handle, resume| {
             documents::resume(handle, resume)
         }),
-        Verb::Events => request.document(&frame.body, "EVENTS", documents::events),
-        Verb::Explain => request.document(&frame.body, "EXPLAIN", documents::explain),
-        Verb::Runs => request.document(&frame.body, "RUNS", documents::runs),
-        Verb::Show => request.document(&frame.body, "SHOW", documents::show),
+        Verb::Events => request.reading(&frame.body, "EVENTS", documents::events),
+        Verb::Explain => request.reading(&frame.body, "EXPLAIN", documents::explain),
+        Verb::Runs => request.reading(&frame.body, "RUNS", documents::runs),
+        Verb::Show => request.reading(&frame.body, "SHOW", documents::show),
         Verb::Status => {
             let extensions = Arc::clone(&peer.shared.extensions);
             request.document(&frame.body, "STATUS", |handle, _: documents::Nothing| {
@@ -107,7 +112,7 @@ pub(super) async fn take(
         Verb::Bridges => {
             let extensions = Arc::clone(&peer.shared.extensions);
             request.document(&frame.body, "BRIDGES", |_, asked: documents::Bridges| {
-                documents::bridges(asked, extensions)
+                std::future::ready(documents::bridges(&asked, &*extensions))
             });
         }
         // The verbs above, and those of the broker, which the reader refuses.
@@ -121,6 +126,7 @@ struct Request {
     number: u32,
     outgoing: Outgoing,
     handle: Handle,
+    reads: Arc<Semaphore>,
     _held: (OwnedSemaphorePermit, OwnedSemaphorePermit),
 }
 
@@ -155,6 +161,25 @@ impl Request {
             }
             Err(error) => self.refuse(&convert::malformed(&error)),
         }
+    }
+}
+
+impl Request {
+    /// The same for answers that may be large: so many of a connection at a time, and only while it takes them.
+    fn reading<T, F>(self, body: &[u8], field: &'static str, work: impl FnOnce(Handle, T) -> F)
+    where
+        T: serde::de::DeserializeOwned,
+        F: Future<Output = Result<Bytes, Rejection>> + Send + 'static,
+    {
+        let (reads, outgoing) = (Arc::clone(&self.reads), self.outgoing.clone());
+        self.document(body, field, |handle, document| {
+            let working = work(handle, document);
+            async move {
+                let _turn = reads.acquire().await;
+                outgoing.room().await;
+                working.await
+            }
+        });
     }
 }
 
@@ -334,6 +359,10 @@ async fn submit(peer: &Peer, request: Request, body: Bytes) {
             return request.refuse(&convert::storage(&error));
         }
     }
+    if request.handle.pressure() == Pressure::Slow {
+        // The log runs away from the state store: whoever submits is slowed before anyone is refused.
+        tokio::time::sleep(SLOW).await;
+    }
     let handle = request.handle.clone();
     let applied = start(async move {
         if submissions.is_empty() {
@@ -376,6 +405,8 @@ fn fetch(request: Request, body: Bytes) {
         Err(error) => return request.refuse(&convert::malformed(&error)),
     };
     tokio::spawn(async move {
+        let reads = Arc::clone(&request.reads);
+        let _turn = reads.acquire().await;
         let mut pages = outcomes::Pages::new(&request.handle, asked);
         loop {
             // Room first: what waits to be sent is what is held in memory.
@@ -399,13 +430,13 @@ fn fetch(request: Request, body: Bytes) {
     });
 }
 
-fn wait(peer: &mut Peer, number: u32, body: Bytes) -> Result<(), End> {
+fn wait(peer: &mut Peer, number: u32, body: Bytes) {
     let outgoing = peer.outgoing.clone();
     let asked = match codec::decode_wait(body) {
         Ok(asked) => asked,
         Err(malformed) => {
             error(&outgoing, number, &convert::malformed(&malformed));
-            return Ok(());
+            return;
         }
     };
     let Ok(slot) = Arc::clone(&peer.waits).try_acquire_owned() else {
@@ -415,7 +446,7 @@ fn wait(peer: &mut Peer, number: u32, body: Bytes) -> Result<(), End> {
             format!("{limit} calls to WAIT are unanswered on this connection: that is the limit"),
         );
         error(&outgoing, number, &rejection);
-        return Ok(());
+        return;
     };
     let handle = peer.shared.handle.clone();
     while peer.waiting.try_join_next().is_some() {}
@@ -433,7 +464,6 @@ fn wait(peer: &mut Peer, number: u32, body: Bytes) -> Result<(), End> {
         }
         drop(slot);
     });
-    Ok(())
 }
 
 /// Tasks that end with the connection.

@@ -58,6 +58,8 @@ pub struct Limits {
     pub hello_bytes_in_flight: usize,
     /// Requests of one connection that have no reply yet.
     pub requests_per_connection: usize,
+    /// Requests of one connection that are being answered from the store at the same time; others wait their turn.
+    pub reads_per_connection: usize,
     /// Calls to WAIT of one connection that have no reply yet.
     pub waits_per_connection: usize,
     /// Bytes waiting to leave on one connection.
@@ -76,6 +78,7 @@ impl Default for Limits {
             bytes_in_flight: 256 * 1024 * 1024,
             hello_bytes_in_flight: 32 * 1024 * 1024,
             requests_per_connection: 1_024,
+            reads_per_connection: 4,
             waits_per_connection: 65_536,
             write_queue_bytes: 8 * 1024 * 1024,
             drain_timeout: Duration::from_secs(10),
@@ -88,8 +91,10 @@ pub trait Extensions: Send + Sync {
     /// Routes and outputs, for BRIDGES.
     fn bridges(&self) -> serde_json::Value;
     /// Dead letters, for DLQ: the request as it came.
-    fn dlq(&self, request: serde_json::Value)
-    -> BoxFuture<'_, Result<serde_json::Value, Rejection>>;
+    fn dlq(
+        &self,
+        request: serde_json::Value,
+    ) -> BoxFuture<'_, Result<serde_json::Value, Rejection>>;
     /// More fields for STATUS: an object.
     fn status(&self) -> serde_json::Value;
 }
@@ -292,6 +297,15 @@ impl Drop for Listener {
 
 /// Removes the socket of a process that has ended. A socket that somebody answers on is not ours to take.
 async fn remove_stale(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::FileTypeExt;
+    if let Ok(metadata) = std::fs::symlink_metadata(path)
+        && !metadata.file_type().is_socket()
+    {
+        return Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            format!("{} is there and is no socket", path.display()),
+        ));
+    }
     match UnixStream::connect(path).await {
         Ok(_) => Err(io::Error::new(
             io::ErrorKind::AddrInUse,
@@ -437,5 +451,11 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).expect("a stale one"));
         assert!(path.exists());
         assert!(Listener::bind(&address).await.is_ok());
+        std::fs::write(&path, "a file of somebody").expect("writable");
+        let Err(error) = Listener::bind(&address).await else {
+            panic!("bound over a file");
+        };
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        assert!(path.exists(), "it is left alone");
     }
 }

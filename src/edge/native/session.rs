@@ -71,7 +71,9 @@ pub(super) async fn push(
 fn border(leases: &[Lease]) -> usize {
     let mut end = leases.len().min(FRAME_LEASES);
     if end < leases.len() {
-        while end < leases.len() && leases[end].batch != 0 && leases[end].batch == leases[end - 1].batch
+        while end < leases.len()
+            && leases[end].batch != 0
+            && leases[end].batch == leases[end - 1].batch
         {
             end += 1;
         }

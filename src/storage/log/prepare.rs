@@ -64,9 +64,8 @@ impl Preparer {
     }
 
     /// Notes that a segment was made before.
-    pub(super) fn is_ready(&mut self, number: u64) -> Result<(), StorageError> {
+    pub(super) fn is_ready(&mut self, number: u64) {
         self.ready.insert(number, Ok(()));
-        Ok(())
     }
 
     /// Waits until a segment that was asked for is there.

@@ -53,7 +53,10 @@ pub(super) fn replay(
     'segments: loop {
         let start = place.position % size;
         if start < SEGMENT_HEADER {
-            return Err(damaged(place.position, "the state names a place before the first entry"));
+            return Err(damaged(
+                place.position,
+                "the state names a place before the first entry",
+            ));
         }
         let bytes = Bytes::from(segment.rest(start, size)?);
         let base = place.position;
@@ -65,10 +68,7 @@ pub(super) fn replay(
                 break 'segments;
             };
             if header.sequence != place.sequence + 1 {
-                let detail = format!(
-                    "entry {} follows entry {}",
-                    header.sequence, place.sequence
-                );
+                let detail = format!("entry {} follows entry {}", header.sequence, place.sequence);
                 return Err(damaged(place.position, &detail));
             }
             place = LogPlace {
@@ -153,12 +153,7 @@ fn nothing_after(
 }
 
 /// The first valid entry after entry `sequence` in these bytes.
-fn search(
-    identity: &LogIdentity,
-    bytes: &[u8],
-    base: u64,
-    sequence: u64,
-) -> Option<(u64, Header)> {
+fn search(identity: &LogIdentity, bytes: &[u8], base: u64, sequence: u64) -> Option<(u64, Header)> {
     (0..bytes.len()).step_by(ALIGN).find_map(|offset| {
         let rest = &bytes[offset..];
         let number = u64::from_le_bytes(rest.get(8..16)?.try_into().ok()?);

@@ -63,7 +63,9 @@ impl Segment {
         let length = file.metadata().map_err(|e| io("stat", &path, e))?.len();
         if length != identity.segment_bytes {
             let expected = identity.segment_bytes;
-            return Err(corrupt(format!("it has {length} bytes instead of {expected}")));
+            return Err(corrupt(format!(
+                "it has {length} bytes instead of {expected}"
+            )));
         }
         let mut found = [0; SEGMENT_HEADER as usize];
         file.read_exact_at(&mut found, 0)

@@ -73,7 +73,7 @@ fn append(log: &mut Log, body: &[u8]) -> LogPlace {
         .unwrap()
 }
 
-fn is_corrupt<T>(result: Result<T, StorageError>) -> bool {
+fn is_corrupt<T>(result: &Result<T, StorageError>) -> bool {
     matches!(result, Err(StorageError::Corrupt { .. }))
 }
 
@@ -81,7 +81,9 @@ fn is_corrupt<T>(result: Result<T, StorageError>) -> bool {
 fn entries_come_back_each_with_its_own_place() {
     let bench = Bench::new();
     let mut log = bench.open();
-    let places: Vec<_> = (1..=5usize).map(|n| append(&mut log, &vec![n as u8; n * 10])).collect();
+    let places: Vec<_> = (1..=5usize)
+        .map(|n| append(&mut log, &vec![n as u8; n * 10]))
+        .collect();
     log.seal(Timestamp(9), WallTime(10)).unwrap();
     let end = log.place();
     drop(log);
@@ -107,7 +109,8 @@ fn a_tail_cut_at_any_byte_loses_only_the_last_entry() {
     let mut whole = vec![0; length];
     bench.poke(before.position, |_| {}, length);
     let file = std::fs::File::open(bench.segment(1)).unwrap();
-    file.read_exact_at(&mut whole, before.position % SIZE).unwrap();
+    file.read_exact_at(&mut whole, before.position % SIZE)
+        .unwrap();
     for filler in [0u8, 0xff] {
         for cut in 0..length {
             bench.poke(
@@ -130,7 +133,10 @@ fn a_tail_cut_at_any_byte_loses_only_the_last_entry() {
     assert_eq!(log.place(), before);
     append(&mut log, b"again");
     drop(log);
-    assert_eq!(bench.bodies().unwrap(), [&b"first"[..], b"second", b"again"]);
+    assert_eq!(
+        bench.bodies().unwrap(),
+        [&b"first"[..], b"second", b"again"]
+    );
 }
 
 #[test]
@@ -162,7 +168,7 @@ fn damage_before_a_later_entry_or_seal_is_refused() {
                     } else if is_last {
                         assert_eq!(result.unwrap().len(), 3, "byte {byte}");
                     } else {
-                        assert!(is_corrupt(result), "entry {n}, byte {byte}, bit {bit}");
+                        assert!(is_corrupt(&result), "entry {n}, byte {byte}, bit {bit}");
                     }
                 }
             }
@@ -183,24 +189,32 @@ fn a_block_of_zeros_before_a_later_segment_is_refused() {
     assert!(count > 30);
     for segment in [1, 2] {
         let saved = std::fs::read(bench.segment(segment)).unwrap();
-        for (from, to) in [(SEGMENT_HEADER, SIZE), (4_096, 8_192), (8_192, SIZE), (0, 64)] {
+        for (from, to) in [
+            (SEGMENT_HEADER, SIZE),
+            (4_096, 8_192),
+            (8_192, SIZE),
+            (0, 64),
+        ] {
             bench.poke(
                 segment * SIZE + from,
                 |bytes| bytes.fill(0),
                 (to - from) as usize,
             );
-            assert!(is_corrupt(bench.bodies()), "segment {segment}, {from}..{to}");
+            assert!(
+                is_corrupt(&bench.bodies()),
+                "segment {segment}, {from}..{to}"
+            );
             std::fs::write(bench.segment(segment), &saved).unwrap();
         }
         std::fs::write(bench.segment(segment), &saved[..9_000]).unwrap();
-        assert!(is_corrupt(bench.bodies()), "segment {segment} cut");
+        assert!(is_corrupt(&bench.bodies()), "segment {segment} cut");
         std::fs::remove_file(bench.segment(segment)).unwrap();
-        assert!(is_corrupt(bench.bodies()), "segment {segment} missing");
+        assert!(is_corrupt(&bench.bodies()), "segment {segment} missing");
         std::fs::write(bench.segment(segment), &saved).unwrap();
     }
     // The last segment is known from the end of the one before, even if nothing follows.
     std::fs::remove_file(bench.segment(3)).unwrap();
-    assert!(is_corrupt(bench.bodies()));
+    assert!(is_corrupt(&bench.bodies()));
 }
 
 #[test]
@@ -219,8 +233,10 @@ fn recycled_segments_never_show_their_old_entries() {
             drop(log);
             let (reopened, found) = bench.read(from).unwrap();
             assert_eq!(reopened.place(), place);
-            assert_eq!(found.len() as u64, place.sequence - from.sequence
-                - rolls(from.position, place.position));
+            assert_eq!(
+                found.len() as u64,
+                place.sequence - from.sequence - rolls(from.position, place.position)
+            );
             log = reopened;
             let next = bench.segment(place.position / SIZE + 1);
             if let Ok(bytes) = std::fs::read(next) {
@@ -245,7 +261,9 @@ fn an_entry_too_large_stops_the_log() {
     let mut log = bench.open();
     append(&mut log, b"good");
     let large = vec![0; SIZE as usize];
-    let error = log.append(Timestamp(1), WallTime(1), |out| out.extend_from_slice(&large));
+    let error = log.append(Timestamp(1), WallTime(1), |out| {
+        out.extend_from_slice(&large)
+    });
     assert!(matches!(error, Err(StorageError::State { .. })));
     let refused = log.append(Timestamp(1), WallTime(1), |out| out.push(1));
     assert!(matches!(refused, Err(StorageError::Stopped(_))), "G17");
@@ -260,7 +278,8 @@ fn entries_of_every_size_fit_the_end_of_a_segment() {
     let largest = SIZE as usize - 64 - 40 - 40;
     let mut sizes = Vec::new();
     for n in 0..60usize {
-        let size = [1, 7, 8, 1_999, largest, largest - 1, 4_000][n % 7] - n % 2 * usize::from(n % 7 > 2);
+        let size =
+            [1, 7, 8, 1_999, largest, largest - 1, 4_000][n % 7] - n % 2 * usize::from(n % 7 > 2);
         sizes.push(size);
         append(&mut log, &vec![n as u8; size]);
     }
@@ -278,7 +297,7 @@ fn another_stores_segment_is_refused() {
     let mut other = bench.identity.clone();
     other.store_id[0] ^= 1;
     assert!(is_corrupt(
-        Log::open(other, bench.start, &mut |_| Ok(())).map(|_| ())
+        &Log::open(other, bench.start, &mut |_| Ok(())).map(|_| ())
     ));
 }
 

@@ -6,6 +6,8 @@
 mod batch;
 mod cold;
 mod facts;
+#[cfg(test)]
+mod golden;
 mod node;
 mod places;
 pub mod rows_in;

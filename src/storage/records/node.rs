@@ -231,7 +231,7 @@ pub(super) fn read_node(
     let [a, b, c] = reader.array::<3>()?;
     let flags = u32::from_le_bytes([a, b, c, 0]);
     let has = |bit: u32| flags & bit != 0;
-    let node = if has(flag::SAME_NODE) {
+    let index = if has(flag::SAME_NODE) {
         context.node
     } else {
         near(reader, context.node)?
@@ -282,16 +282,15 @@ pub(super) fn read_node(
         2 => BodyEnd::Tail(NodeIndex(reader.varint32()?)),
         _ => return Err(reader.error("an unknown body")),
     };
-    let note = note_of((flags >> flag::NOTE & 15) as u8)
-        .ok_or_else(|| reader.error("an unknown note"))?;
+    let note =
+        note_of((flags >> flag::NOTE & 15) as u8).ok_or_else(|| reader.error("an unknown note"))?;
     let attempt = match flags >> flag::ATTEMPT & 3 {
         2 => reader.varint32()?,
         3 => return Err(reader.error("an unknown attempt")),
         small => small,
     };
-    let mut optional = |bit: u32| -> Result<u64, DecodeError> {
-        if has(bit) { reader.varint() } else { Ok(0) }
-    };
+    let mut optional =
+        |bit: u32| -> Result<u64, DecodeError> { if has(bit) { reader.varint() } else { Ok(0) } };
     let failures = optional(flag::FAILURES)?;
     let losses = optional(flag::LOSSES)?;
     let not_before = Timestamp(optional(flag::NOT_BEFORE)?);
@@ -306,7 +305,7 @@ pub(super) fn read_node(
     } else {
         None
     };
-    context.node = node;
+    context.node = index;
     context.event = event;
     context.spec = spec;
     context.parent = parent;
@@ -329,7 +328,7 @@ pub(super) fn read_node(
         cause,
         note,
     };
-    Ok((node, event, record))
+    Ok((index, event, record))
 }
 
 /// A node number written as its distance from another.

@@ -172,7 +172,12 @@ mod tests {
     #[test]
     fn a_key_is_found_where_it_was_put_for_years() {
         let mut places = KeyPlaces::default();
-        for (n, at) in [(1u128, 0u64), (2, 8_191), (3, 8_192), (4, 1_700_000_000_000)] {
+        for (n, at) in [
+            (1u128, 0u64),
+            (2, 8_191),
+            (3, 8_192),
+            (4, 1_700_000_000_000),
+        ] {
             let key = KeyHash(n << 88 | 77);
             places.insert(key, Timestamp(at));
             let later = Timestamp(at + 3 * 365 * 86_400_000);

@@ -134,11 +134,11 @@ pub fn event_row(
             last = first + (count - 1);
             continue;
         }
-        let node = super::node::near(&mut reader, last)?;
+        let index = super::node::near(&mut reader, last)?;
         let event = EventRecord {
             seq,
             at,
-            node: NodeIndex(node),
+            node: NodeIndex(index),
             state: state_word(code).ok_or_else(|| reader.error("an unknown state"))?,
             attempt: reader.varint32()?,
             note,
@@ -147,7 +147,7 @@ pub fn event_row(
             return Ok(());
         }
         seq = seq.wrapping_add(1);
-        last = node;
+        last = index;
     }
     Ok(())
 }
@@ -228,7 +228,8 @@ impl Parts {
     /// Takes up the next part.
     pub fn next(mut self, value: &Bytes) -> Result<Self, DecodeError> {
         let mut reader = open(value)?;
-        self.bytes.extend_from_slice(reader.raw(reader.remaining())?);
+        self.bytes
+            .extend_from_slice(reader.raw(reader.remaining())?);
         self.checked(&reader)
     }
 
@@ -295,6 +296,13 @@ pub fn cursor_record(bytes: &Bytes) -> Result<(u64, Vec<u64>), DecodeError> {
     let mut reader = Reader::new(bytes);
     let confirmed = read_confirmed(&mut reader)?;
     whole(&reader, confirmed)
+}
+
+/// Reads the parts of `DeadLetter` with number 0: the number that was given last.
+pub fn last_letter_record(bytes: &Bytes) -> Result<u64, DecodeError> {
+    let mut reader = Reader::new(bytes);
+    let last = reader.varint()?;
+    whole(&reader, last)
 }
 
 /// Reads the parts of `DeadLetter`.

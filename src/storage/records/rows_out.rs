@@ -53,6 +53,8 @@ pub struct RowMaker {
     /// Its rows: ranges of the arena, an empty one to delete.
     rows: Vec<(RowKey, Range<u32>)>,
     events: Events,
+    /// The node whose outcome was told last, if that refers to nothing.
+    unreferring: Option<NodeKey>,
     scratch: Vec<u8>,
 }
 
@@ -93,11 +95,12 @@ impl RowMaker {
             self.fact(fact, now, out);
         }
         self.close_events();
+        self.unreferring = None;
         let values = Bytes::from(std::mem::take(&mut self.arena));
         out.rows.reserve(self.rows.len());
         for (key, range) in self.rows.drain(..) {
-            let value = (!range.is_empty())
-                .then(|| values.slice(range.start as usize..range.end as usize));
+            let value =
+                (!range.is_empty()).then(|| values.slice(range.start as usize..range.end as usize));
             out.rows.push(Row { key, value });
         }
         // As much again is the best guess for the next one, within reason.
@@ -221,9 +224,18 @@ impl RowMaker {
                 if let Body::Stored(at) = &letter.body.body {
                     self.stored(at, letter_owner(*route, *seq));
                 }
-                self.in_parts(Table::DeadLetter, u64::from(route.0), seq << PART_BITS, |out| {
-                    put_dead_letter(out, letter);
+                // The number that was given last outlives its letter, so that no number is given twice.
+                self.in_parts(Table::DeadLetter, u64::from(route.0), 0, |out| {
+                    put_varint(out, *seq);
                 });
+                self.in_parts(
+                    Table::DeadLetter,
+                    u64::from(route.0),
+                    seq << PART_BITS,
+                    |out| {
+                        put_dead_letter(out, letter);
+                    },
+                );
             }
             Fact::DeadLetterRemoved { route, seq } => {
                 let major = u64::from(route.0);
@@ -298,6 +310,11 @@ impl RowMaker {
 
     fn node(&mut self, node: NodeKey, event: u64, record: &NodeRecord, now: Timestamp) {
         self.node_row(node, event, record, 0);
+        if record.body == BodyEnd::Structure && self.unreferring == Some(node) {
+            // An earlier attempt's structure may have referred to something: a start must not take that for this one's.
+            let first = u64::from(node.node.0) << 32 | REFERENCES;
+            self.delete(row_key(Table::Inputs, node.run.0, first));
+        }
         self.begin_event(node.run, event, 1, now);
         let events = &mut self.events;
         events
@@ -319,7 +336,10 @@ impl RowMaker {
             ..Context::default()
         };
         put_node(&mut self.arena, &mut context, node.node.0, event, record);
-        self.finish(row_key(Table::Node, node.run.0, u64::from(node.node.0)), start);
+        self.finish(
+            row_key(Table::Node, node.run.0, u64::from(node.node.0)),
+            start,
+        );
     }
 
     fn outcome(
@@ -340,6 +360,7 @@ impl RowMaker {
             start,
         );
         self.ranges(node, REFERENCES, references);
+        self.unreferring = references.is_empty().then_some(node);
         if let Body::Stored(at) = &payload.body {
             self.stored(at, node.run.0);
         }
@@ -390,7 +411,12 @@ impl RowMaker {
         whole.clear();
         put(&mut whole);
         for (part, chunk) in (0u64..).zip(parts(&whole)) {
-            self.part(row_key(table, major, minor + part), part, whole.len(), chunk);
+            self.part(
+                row_key(table, major, minor + part),
+                part,
+                whole.len(),
+                chunk,
+            );
         }
         self.scratch = whole;
     }

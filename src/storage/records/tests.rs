@@ -190,7 +190,7 @@ impl Dice {
                 parent: self.pick(&[None, Some(NodeIndex(3))]),
                 round: self.pick(&[1, 2]),
                 event: self.any() >> 1,
-                nodes: (0..1 + self.below(5))
+                nodes: (0..=self.below(5))
                     .map(|_| CreatedNode {
                         spec: SpecId(self.pick(&[0, 1, 1, 1])),
                         arguments: self.payload(),
@@ -315,7 +315,7 @@ fn mutated_bodies_never_panic() {
         let bytes = encoded(&facts);
         for _ in 0..50 {
             let mut hostile = bytes.clone();
-            for _ in 0..1 + dice.below(4) {
+            for _ in 0..=dice.below(4) {
                 let at = dice.below(hostile.len() as u64) as usize;
                 match dice.below(3) {
                     0 => hostile[at] ^= 1 << dice.below(8),

@@ -28,7 +28,10 @@ pub(super) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
 /// Appends a signed number: small absolute values are short.
 #[inline]
 pub(super) fn put_signed(out: &mut Vec<u8>, value: i64) {
-    put_varint(out, (value.cast_unsigned() << 1) ^ (value >> 63).cast_unsigned());
+    put_varint(
+        out,
+        (value.cast_unsigned() << 1) ^ (value >> 63).cast_unsigned(),
+    );
 }
 
 /// Appends a length and the bytes.
@@ -182,7 +185,18 @@ mod tests {
 
     #[test]
     fn numbers_come_back_in_one_form() {
-        let cases = [0, 1, 127, 128, 300, 16_383, 16_384, u64::from(u32::MAX), u64::MAX - 1, u64::MAX];
+        let cases = [
+            0,
+            1,
+            127,
+            128,
+            300,
+            16_383,
+            16_384,
+            u64::from(u32::MAX),
+            u64::MAX - 1,
+            u64::MAX,
+        ];
         for value in cases {
             let mut out = Vec::new();
             put_varint(&mut out, value);
@@ -202,7 +216,9 @@ mod tests {
             &[0x80],
             &[],
             &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02],
-            &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01],
+            &[
+                0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01,
+            ],
         ] {
             let bytes = Bytes::copy_from_slice(bad);
             assert!(Reader::new(&bytes).varint().is_err(), "{bad:?}");

@@ -1,0 +1,5 @@
+//! The native protocol from end to end: raw frames and the Rust client against a broker on a store in memory.
+
+mod client;
+mod frames;
+mod world;
