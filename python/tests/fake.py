@@ -148,6 +148,7 @@ class FakeBroker:
         if said["kind"] == "worker":
             c.session = int(said["session"], 16) if said.get("session") else next(self.sessions)
             c.queues, c.tolerate = said["queues"], said["tolerate"]
+            self.connections = [k for k in self.connections if k.session != c.session]  # what an older one was promised is void
             reply["session"] = f"{c.session:016x}"
             for run in self.runs:
                 held += [[run.seq, n.number, n.attempt] for n in run.nodes if n.kind == "leased" and n.session == c.session]

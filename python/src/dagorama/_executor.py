@@ -201,14 +201,18 @@ class Executor:
     def _connect(self, until: float | None = None, once: bool = False) -> None:
         """Come back with the same session: keep the leases it still holds, release those nobody here knows, repeat outcomes."""
         pause = 0.02
+        lost = self._sock
+        if lost is not None:
+            with contextlib.suppress(OSError):
+                lost.shutdown(socket.SHUT_RDWR)  # wakes the other thread, should it be sending
         while True:
-            if self._sock is not None:
-                with contextlib.suppress(OSError):
-                    self._sock.shutdown(socket.SHUT_RDWR)  # wakes the helper thread, should it be sending
-                self._sock.close()
-            self._sock = None
             try:
                 with self._flushing:
+                    if self._sock is not lost and self._sock is not None:
+                        return  # the other thread has connected
+                    if lost is not None:
+                        lost.close()
+                    self._sock = lost = None
                     self._sock, self._reader, greeting = greet(self._address, self._token, self._hello)
                     self._poll = select.poll()
                     for fd in (self._sock.fileno(), self._wake.fileno(), self._parent):
