@@ -45,6 +45,8 @@ async fn child() {
             .unwrap();
         assert_eq!(confirmed.len() as u64, count);
         next += count;
+        // The broker's commit takes its time: many kills fall between the write and what is known of it.
+        std::thread::sleep(Duration::from_micros(next * 131 % 1500));
         writeln!(out, "confirmed {next}").unwrap();
         out.flush().unwrap();
         if round % 5 == 4 {
@@ -54,11 +56,14 @@ async fn child() {
 }
 
 #[test]
-fn each_line_once_over_thirty_kills() {
+fn each_line_once_over_thirty_kills_or_more() {
     let dir = tempfile::tempdir().unwrap();
     let mut redelivered = 0;
     let mut next = 1u64;
-    for round in 0..30u64 {
+    for round in 0..200u64 {
+        if round >= 30 && redelivered >= 5 {
+            break;
+        }
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "child", "--nocapture"])
             .env(DIR, dir.path())
@@ -129,7 +134,7 @@ fn each_line_once_over_thirty_kills() {
     }
     assert!(lines.len() > 300, "{} lines", lines.len());
     assert!(
-        redelivered > 0,
-        "no kill fell between writing and confirming, the test shows nothing"
+        redelivered >= 5,
+        "too few kills fell between writing and confirming: {redelivered}"
     );
 }
