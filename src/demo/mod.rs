@@ -110,6 +110,9 @@ data_dir = {data}
 [leases]
 lease = "3s"                     # a killed worker's nodes are given out again after this
 
+[storage]
+window = "200ms"                 # so that a demo of seconds has something in sled, too
+
 [connection.files]
 type = "file"
 
@@ -165,7 +168,7 @@ async fn play(options: &Demo, directory: &Path) -> io::Result<Value> {
         }
         let done: u64 = journal.accepted.values().sum();
         if !options.no_kill && killed.kills == 0 && done >= kill_at {
-            killed = strike(&mut broker, &stage, options.seed).await?;
+            killed = strike(&mut broker, &stage).await?;
             if killed.kills > 0 {
                 let again = processes::start_broker(&stage.config, broker.url.trim_start_matches("dagorama://"), &stage.broker_log, &stage.token).await?;
                 bars.say(&format!(
@@ -219,7 +222,7 @@ struct Killed {
 }
 
 /// Stops the broker in the middle of something, sees to it that acknowledgements are under way, and kills it and a worker process.
-async fn strike(broker: &mut Broker, stage: &Stage, seed: u64) -> io::Result<Killed> {
+async fn strike(broker: &mut Broker, stage: &Stage) -> io::Result<Killed> {
     let pid = Pid::from_raw(broker.child.id().and_then(|pid| i32::try_from(pid).ok()).ok_or_else(|| io::Error::other("the broker has no pid"))?);
     kill(pid, Signal::SIGSTOP)?;
     let mut journal = processes::Journal::default();
@@ -234,15 +237,11 @@ async fn strike(broker: &mut Broker, stage: &Stage, seed: u64) -> io::Result<Kil
         kill(pid, Signal::SIGCONT)?;
         return Ok(Killed::default());
     }
-    let mut children: Vec<i32> = std::fs::read_dir(&stage.journal)?
-        .flatten()
-        .filter_map(|entry| entry.path().file_stem().and_then(|name| name.to_string_lossy().parse().ok()))
-        .collect();
-    children.sort_unstable();
     broker.child.start_kill()?;
     broker.child.wait().await?;
     let mut kills = 1;
-    if let Some(child) = children.get(usize::try_from(seed).unwrap_or(0) % children.len().max(1)) {
+    // The process with the most to lose.
+    if let Some((child, _)) = journal.in_flight_by.iter().max_by_key(|(_, n)| **n) {
         kill(Pid::from_raw(*child), Signal::SIGKILL)?;
         kills += 1;
     }

@@ -98,6 +98,8 @@ pub(super) struct Journal {
     pub(super) open: u64,
     /// Outcomes that were sent and not acknowledged.
     pub(super) in_flight: u64,
+    /// The same by the process that sent them.
+    pub(super) in_flight_by: BTreeMap<i32, u64>,
     /// Acknowledged outcomes by action.
     pub(super) accepted: BTreeMap<String, u64>,
 }
@@ -107,8 +109,11 @@ pub(super) fn read_journal(directory: &Path) -> io::Result<Journal> {
     let mut journal = Journal::default();
     let mut state: BTreeMap<(String, String, u64), &'static str> = BTreeMap::new();
     let mut actions: BTreeMap<(String, String, u64), String> = BTreeMap::new();
+    let mut senders: BTreeMap<(String, String, u64), i32> = BTreeMap::new();
     for entry in std::fs::read_dir(directory)? {
-        let text = std::fs::read_to_string(entry?.path())?;
+        let path = entry?.path();
+        let pid: i32 = path.file_stem().and_then(|name| name.to_str()).and_then(|name| name.parse().ok()).unwrap_or_default();
+        let text = std::fs::read_to_string(path)?;
         for line in text.lines() {
             // A line that is being written is read next time.
             let Ok(line) = serde_json::from_str::<Value>(line) else { continue };
@@ -118,7 +123,10 @@ pub(super) fn read_journal(directory: &Path) -> io::Result<Journal> {
                     actions.insert(key.clone(), text_of(&line["action"]));
                     state.insert(key, "started");
                 }
-                Some("sent") => drop(state.insert(key, "sent")),
+                Some("sent") => {
+                    senders.insert(key.clone(), pid);
+                    state.insert(key, "sent");
+                }
                 // An end beyond 2 is a failure that may be tried again, or a lease that was given back.
                 Some("accepted") if line["end"].as_u64().is_some_and(|end| end <= 2) => drop(state.insert(key, "accepted")),
                 Some("accepted" | "refused") => drop(state.insert(key, "refused")),
@@ -132,6 +140,7 @@ pub(super) fn read_journal(directory: &Path) -> io::Result<Journal> {
             "sent" => {
                 journal.open += 1;
                 journal.in_flight += 1;
+                *journal.in_flight_by.entry(senders.get(&key).copied().unwrap_or_default()).or_default() += 1;
             }
             "accepted" => *journal.accepted.entry(actions.get(&key).cloned().unwrap_or_default()).or_default() += 1,
             _ => {}
