@@ -120,7 +120,7 @@ class RealWorker:
     def __init__(self, url: str, token: str, journal: Path, *options: str, module: str = "flows") -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dagorama", "worker", module, "--url", url, *options], cwd=TESTS, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(SRC), "DAGORAMA_TOKEN": token, "DAGORAMA_JOURNAL": str(journal)})
+            env={**os.environ, "PYTHONPATH": str(SRC), "DAGORAMA_TOKEN": token, "FLOWS_JOURNAL": str(journal)})
 
     def signal(self, number: int) -> None:
         os.killpg(self.process.pid, number)

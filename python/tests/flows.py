@@ -1,4 +1,4 @@
-"""Actions that the tests run, on the fake broker and on the real one. Bodies write to the journal named by DAGORAMA_JOURNAL."""
+"""Actions that the tests run, on the fake broker and on the real one. Bodies write to the journal named by FLOWS_JOURNAL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 def journal(*words: object) -> None:
     """One line that survives a SIGKILL of this process."""
-    path = os.environ.get("DAGORAMA_JOURNAL")
+    path = os.environ.get("FLOWS_JOURNAL")
     if path:
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         os.write(fd, (" ".join(map(str, words)) + "\n").encode())

@@ -227,7 +227,7 @@ def test_process_isolation_timeouts_crashes_and_drain(fake: FakeBroker, client: 
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     import flows
 
-    monkeypatch.setenv("DAGORAMA_JOURNAL", str(tmp_path / "journal"))
+    monkeypatch.setenv("FLOWS_JOURNAL", str(tmp_path / "journal"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     with running(isolation="process", concurrency=2):
         assert flows.fan.submit(100).result(20) == 9900
