@@ -11,6 +11,10 @@
 //!                 └▶ Tx: facts for the log, effects for after the commit
 //! ```
 //!
+//! Reading order: `settings` · `run` (nodes and edges of one run) · `spec`, `queue` (lanes) · `node` (creating) · `lease` (claims,
+//! tokens, dispatch) · `complete` · `retry` · `cascade` (what follows from an end) · `rounds` (cancel, resume, expire) · `worker`
+//! (sessions) · `timer` · `inbox`, `keys`, `outbox` · `explain` (questions) · `restore` · `check`.
+//!
 //! State is two things that can be borrowed apart: the runs, and the [`World`] they share (specs, lanes, sessions, timers, keys).
 //! *Base* state is what facts say, and changes only by absorbing a fact, live as on a restart. *Derived* state follows from it:
 //! handlers keep it up to date, `restore` computes it anew, and [`Broker::fingerprint`] lets tests compare the two.
@@ -195,7 +199,8 @@ impl Broker {
     }
 
     /// Runs that a command names and that are not resident but may exist: they have ended. The engine loads and
-    /// [adopts](Broker::adopt) them before it applies the command; a run that is not found is left out.
+    /// [adopts](Broker::adopt) them before it applies the command; a run that is not found is left out. Submitting needs none,
+    /// because keys name their run, and deleting needs none, because every run that is not resident has ended.
     pub fn needs(&self, command: &Command) -> Vec<RunSeq> {
         let mut needed = Vec::new();
         match command {

@@ -1,7 +1,8 @@
 //! Creating nodes: checking a list of new nodes, numbering it, and connecting it to what it waits for.
 //!
-//! An input may only be an earlier node of the same list, a child that the same node has created already, or a terminal node. So
-//! graphs are acyclic by construction (I9).
+//! An input may only be an earlier node of the same list, a child that the same node has created already, or a node that has
+//! succeeded. So graphs are acyclic by construction (I9). Failed or skipped nodes of others are refused although they have ended:
+//! resuming opens them again, and one that waits for the new node's parent would then close a cycle.
 
 use std::sync::Arc;
 
@@ -147,11 +148,12 @@ fn check_range(
             };
             let run = family.run;
             for node in first..first + range.count {
-                if run.core(node).parent != family.parent && !run.state(node).is_terminal() {
+                let settled = run.state(node) == NodeState::Succeeded;
+                if run.core(node).parent != family.parent && !settled {
                     return Err(Rejection::new(
                         Code::GraphCycle,
                         format!(
-                            "node {node} is open and no child of node {}: wait for own children or for ended nodes",
+                            "node {node} has no value and is no child of node {}: wait for own children or for values",
                             family.parent
                         ),
                     ));

@@ -59,7 +59,7 @@ impl Outboxes {
 
     pub(super) fn absorb_owed(&mut self, output: NameId, seq: u64, run: RunSeq) {
         let outbox = self.by_output.entry(output).or_default();
-        outbox.next = outbox.next.max(seq + 1);
+        outbox.next = outbox.next.max(seq.saturating_add(1));
         if seq < outbox.cursor || outbox.confirmed.contains(&seq) {
             return;
         }
@@ -73,7 +73,9 @@ impl Outboxes {
         let outbox = self.by_output.entry(output).or_default();
         outbox.cursor = cursor;
         outbox.confirmed = beyond.iter().copied().collect();
-        let highest = beyond.last().map_or(cursor, |last| cursor.max(last + 1));
+        let highest = beyond
+            .last()
+            .map_or(cursor, |last| cursor.max(last.saturating_add(1)));
         outbox.next = outbox.next.max(highest);
         let rest = outbox.pending.split_off(&cursor);
         let mut settled = std::mem::replace(&mut outbox.pending, rest);

@@ -100,11 +100,19 @@ impl Restoring {
         }
         let broker = &mut self.broker;
         broker.world.now = now;
-        broker.world.next_run = next_run.max(self.newest.0 + 1);
+        broker.world.next_run = next_run.max(self.newest.0.saturating_add(1));
         broker.runs.retain(|_, run| !run.has_ended());
         for run in broker.runs.values_mut() {
             check(run, &broker.world)?;
             derive(run, &mut broker.world);
+            if run.n_open() == 0 {
+                return Err(CorruptStore {
+                    detail: format!(
+                        "run {:x}: all its nodes have ended and it has not",
+                        run.seq.0
+                    ),
+                });
+            }
         }
         Ok(self.broker)
     }
@@ -235,12 +243,21 @@ fn check(run: &mut Run, world: &World) -> Result<(), CorruptStore> {
         }
     }
     for (node, references) in &draft.references {
-        if !within(references, n) {
+        if *node >= n || !within(references, n) {
             return no(format!("node {node} refers to one that does not exist"));
         }
     }
     if !run.chains_are_sound() {
         return no("its tail calls end nowhere".into());
+    }
+    let settled = |range: &InputRange| {
+        (range.first.0..range.first.0 + range.count)
+            .all(|node| run.state(node) == NodeState::Succeeded)
+    };
+    for (node, references) in &draft.references {
+        if run.core(*node).stage == Stage::Settling && references.iter().all(settled) {
+            return no(format!("node {node} settles and waits for nothing"));
+        }
     }
     run.draft = Some(draft);
     Ok(())

@@ -118,7 +118,7 @@ impl Names {
     fn next(&self) -> NameId {
         self.by_id
             .last_key_value()
-            .map_or(NameId(0), |(id, _)| NameId(id.0 + 1))
+            .map_or(NameId(0), |(id, _)| NameId(id.0.saturating_add(1)))
     }
 }
 

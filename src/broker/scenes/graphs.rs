@@ -507,3 +507,22 @@ fn damaged_facts_are_an_error_and_never_a_panic() {
         "an open run is not adopted"
     );
 }
+
+/// Found by chance (seed 861): a structure referred to a skipped node that waited for the structure; resuming closed the cycle.
+#[test]
+fn only_values_and_own_children_may_be_referred_to() {
+    let mut scene = Scene::new();
+    let nodes = vec![node(0, &[]), node(0, &[]), node(0, &[])];
+    let run = scene.submit(graph(&[spec("a")], nodes, 0)).unwrap().run;
+    scene.worker(W1, &[spec("a")], 3);
+    let leases = scene.leased();
+    scene.finish(&leases[1], failed(false));
+    scene.finish(&leases[2], value());
+    let tail = |at| AttemptEnd::Tail(NodeRef::Existing(NodeIndex(at)));
+    assert_eq!(scene.finish(&leases[0], tail(1)), ["GRAPH_CYCLE"]);
+    assert_eq!(scene.finish(&leases[0], tail(0)), ["GRAPH_CYCLE"]);
+    assert_eq!(scene.finish(&leases[0], tail(9)), ["UNKNOWN_NODE"]);
+    assert_eq!(scene.finish(&leases[0], tail(2)), ["ok"]);
+    assert_eq!(scene.states(run), "succeeded failed succeeded");
+    assert!(scene.root_settled(), "at once: the value is there");
+}
