@@ -80,7 +80,11 @@ impl Oracle {
     }
 
     /// Checks the leases that a command gave, in their order, and does them.
-    pub(in crate::broker::tests) fn leases(&mut self, effects: &[Effect]) -> Result<(), String> {
+    pub(in crate::broker::tests) fn leases(
+        &mut self,
+        effects: &[Effect],
+        in_order: bool,
+    ) -> Result<(), String> {
         let leases: Vec<&Lease> = effects
             .iter()
             .filter_map(|effect| {
@@ -92,9 +96,13 @@ impl Oracle {
             })
             .collect();
         for bundle in leases.chunk_by(|a, b| a.batch != 0 && a.batch == b.batch) {
-            self.bundle(bundle)?;
+            self.bundle(bundle, in_order)?;
         }
-        // Nobody waits who could be served.
+        Ok(())
+    }
+
+    /// Nobody waits who could be served.
+    pub(in crate::broker::tests) fn all_served(&self) -> Result<(), String> {
         for session in &self.sessions {
             if session.credit == 0 || !session.attached || self.silent(session) {
                 continue;
@@ -117,7 +125,7 @@ impl Oracle {
         Ok(())
     }
 
-    pub(super) fn bundle(&mut self, bundle: &[&Lease]) -> Result<(), String> {
+    pub(super) fn bundle(&mut self, bundle: &[&Lease], in_order: bool) -> Result<(), String> {
         let holder = bundle[0].session;
         for lease in bundle {
             let key = lease.node;
@@ -164,7 +172,9 @@ impl Oracle {
                     lease.note
                 ));
             }
-            self.first_in_line(session, run, at, &spec)?;
+            if in_order {
+                self.first_in_line(session, run, at, &spec)?;
+            }
             let node = &mut self.runs[run].nodes[at];
             node.stage = Stage::Leased(holder);
             node.attempt += 1;

@@ -89,6 +89,10 @@ pub(in crate::broker::tests) struct Schedule {
     created: Vec<CreateChildren>,
     submitted: Vec<Submission>,
     mutant: Mutant,
+    /// Few operations a command: the rest goes on with the next ticks.
+    sliced: bool,
+    /// The faults are over.
+    draining: bool,
     /// Few faults, so that runs get far.
     calm: bool,
     pub(in crate::broker::tests) figures: Figures,
@@ -146,13 +150,16 @@ impl Schedule {
             succeeded: true,
             failed,
         };
+        let mut rng = SplitMix64(seed);
+        let sliced = rng.chance(30);
         let settings = Settings {
+            slice: if sliced { 1 + rng.index(3) } else { 4_096 },
             outputs: vec![rule("all", "*", true), rule("good", "f*", false)],
             dedup_window_ms: 1_000_000,
             ..script::settings()
         };
         Self {
-            rng: SplitMix64(seed),
+            rng,
             broker: Broker::new(settings.clone(), SECRET),
             oracle: Oracle::new(settings.clone()),
             audit: Audit::default(),
@@ -167,6 +174,8 @@ impl Schedule {
             submitted: Vec::new(),
             mutant,
             calm: false,
+            draining: false,
+            sliced,
             figures: Figures {
                 rounds: 1,
                 ..Figures::default()
@@ -262,12 +271,20 @@ impl Schedule {
         if let Some(trace) = &mut self.trace {
             trace.push(format!("    {reply:?}\n    {:?}", tx.effects));
         }
-        self.broker.check_invariants();
-        self.audit.absorb(&tx.facts)?;
-        self.audit.effects(&tx.effects)?;
+        if matches!(command, Command::Touch(_)) && tx.effects.is_empty() && !tx.facts.is_empty() {
+            return Err(format!("a heartbeat wrote {:?}", tx.facts));
+        }
+        self.written(&tx)?;
         self.oracle.turn(turn);
         self.replies(&command, &reply)?;
-        self.oracle.leases(&tx.effects)?;
+        self.oracle.leases(&tx.effects, !self.sliced)?;
+        if self.sliced {
+            let may_crash = command != Command::Tick && !self.draining;
+            self.go_on(turn, &mut tx, may_crash)?;
+        } else if command == Command::Tick && facts::is_due(&self.broker, now, wall) {
+            return Err("I22: a tick wants another one at once".to_owned());
+        }
+        self.oracle.all_served()?;
         self.effects(&tx)?;
         for effect in &tx.effects {
             if let Effect::Lease(lease) = effect {
@@ -275,13 +292,45 @@ impl Schedule {
                 self.leases.push((lease.node, lease.attempt, lease.token));
             }
         }
-        if matches!(command, Command::Touch(_)) && tx.effects.is_empty() && !tx.facts.is_empty() {
-            return Err(format!("a heartbeat wrote {:?}", tx.facts));
-        }
-        self.facts.extend(tx.facts);
-        self.figures.checks += 1;
         let touched: BTreeSet<RunSeq> = self.oracle.deeds.ended.clone();
         self.compare_runs(&|run| !run.ended || touched.contains(&run.id.seq))
+    }
+
+    /// What a command has written, before anything is made of it.
+    fn written(&mut self, tx: &Tx) -> Result<(), String> {
+        self.broker.check_invariants();
+        self.audit.absorb(&tx.facts)?;
+        self.audit.effects(&tx.effects)?;
+        self.facts.extend(tx.facts.iter().cloned());
+        self.figures.checks += 1;
+        Ok(())
+    }
+
+    /// Cascades and lapses go on, a slice a tick, until all is as if they had been done at once. A crash may come between; not between
+    /// two slices of lapses, because it would give the other leases a whole period again.
+    fn go_on(&mut self, turn: Turn, tx: &mut Tx, may_crash: bool) -> Result<(), String> {
+        if may_crash && facts::is_due(&self.broker, turn.now, turn.wall) && self.rng.chance(10) {
+            self.fault("restart between slices");
+            self.broker = self.rebuilt();
+            self.oracle.restart();
+        }
+        let mut n = 0;
+        while facts::is_due(&self.broker, turn.now, turn.wall) {
+            n += 1;
+            if n > 500 {
+                return Err("I22: a tick is wanted for ever".to_owned());
+            }
+            let mut more = Tx::default();
+            self.broker.apply(&mut more, turn, Command::Tick);
+            self.written(&more)?;
+            if n == 1 {
+                self.oracle.command(&Command::Tick);
+            }
+            self.oracle.leases(&more.effects, false)?;
+            tx.facts.extend(more.facts);
+            tx.effects.extend(more.effects);
+        }
+        Ok(())
     }
 
     fn restart(&mut self) -> Result<(), String> {
@@ -319,6 +368,7 @@ impl Schedule {
 
     /// I22: with workers and without faults, every run ends. Both versions of the code are there: nodes may be pinned to either.
     fn drain(&mut self) -> Result<(), String> {
+        self.draining = true;
         let workers = [("w8", "h2"), ("w9", "h1")];
         for (name, code) in workers {
             let code = Arc::new(Spec {
