@@ -356,7 +356,8 @@ fn play_event(run: &Run, told: &mut [Told], event: &EventRecord, findings: &mut 
     if (event.state == "created") != before.state.is_empty() {
         findings.violation(I11, || format!("{} follows {:?}", here(), before.state));
     }
-    let reopened = event.state == "waiting" && event.note == Note::Reopened;
+    // A body that has ended does not run again: then it is settling once more.
+    let reopened = event.note == Note::Reopened && matches!(event.state, "waiting" | "settling");
     findings.check(I2, !is_terminal(before.state) || reopened, || {
         format!("{} follows {:?}", here(), before.state)
     });
@@ -454,6 +455,7 @@ fn check_nodes(run: &Run, told: &[Told], findings: &mut Findings) {
             .map(|range| unsatisfied(run, record.round, range))
             .sum::<u64>();
         findings.checked(I5, 1);
+        findings.checked(I8, u64::from(told.leases == 0)); // nothing to compare
         let is_held_back = matches!(record.progress, Progress::Open | Progress::Skipped);
         // A body that failed may have failed before it ran: by a cancelled or quarantined past. What ran had its inputs.
         let never_ran = told.leases == 0;
