@@ -205,7 +205,13 @@ fn verify_copy(
             findings.violation(I17, || format!("run {:x}: {error}", header.run));
         }
     }
-    tables::check_outboxes(&rows, findings);
+    for (run, owed) in &facts.owed {
+        if headers.binary_search_by_key(run, |h| h.run).is_err() {
+            findings.violation(I12, || {
+                format!("run {run:x} is gone and {} deliveries are owed", owed.len())
+            });
+        }
+    }
     references.finish(&rows, &facts, &headers, findings);
     findings.derive_has_data();
     Ok(sequence)

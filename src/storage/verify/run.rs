@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use super::pages::Header;
 use super::tables::{Known, References};
-use super::{Findings, I2, I3, I4, I5, I6, I7, I8, I9, I10, I11, I17, I18, I19};
+use super::{Findings, I2, I3, I4, I5, I6, I7, I8, I9, I10, I11, I12, I17, I18, I19};
 use crate::broker::types::{
     BodyEnd, InputRange, InputUse, NodeRecord, Note, Progress, RunRecord, RunState,
 };
@@ -27,6 +27,59 @@ struct Run {
     references: BTreeMap<u32, Vec<InputRange>>,
     /// Nodes with an outcome, and whether that is an error.
     outcomes: BTreeMap<u32, bool>,
+    /// Where each node's chain of tail calls ends: a node that went on in another one is never written again, it is what that
+    /// one is.
+    ends: Vec<u32>,
+}
+
+impl Run {
+    /// The record that says what a node is.
+    fn end(&self, node: u32) -> Option<&NodeRecord> {
+        let end = self.ends.get(node as usize)?;
+        self.nodes.get(*end as usize).map(|row| &row.record)
+    }
+}
+
+/// The node that this one went on in and whose value it waits for or has.
+fn follows(record: &NodeRecord) -> Option<u32> {
+    match record.body {
+        BodyEnd::Tail(next) if record.progress == Progress::Settling => Some(next.0),
+        _ => None,
+    }
+}
+
+/// Ends of all chains, each walked once.
+fn ends_of(run: u64, nodes: &[NodeRow], findings: &mut Findings) -> Vec<u32> {
+    const UNKNOWN: u32 = u32::MAX;
+    const WALKING: u32 = u32::MAX - 1;
+    let mut ends = vec![UNKNOWN; nodes.len()];
+    let mut chain = Vec::new();
+    for start in 0..nodes.len() as u32 {
+        let mut at = start;
+        let end = loop {
+            match ends.get(at as usize).copied() {
+                None => break start, // told with the edges
+                Some(WALKING) => {
+                    findings.violation(I9, || {
+                        format!("the tail calls of node {run:x}/{start} go round")
+                    });
+                    break start;
+                }
+                Some(UNKNOWN) => {}
+                Some(end) => break end,
+            }
+            ends[at as usize] = WALKING;
+            chain.push(at);
+            match follows(&nodes[at as usize].record) {
+                None => break at,
+                Some(next) => at = next,
+            }
+        };
+        for node in chain.drain(..) {
+            ends[node as usize] = end;
+        }
+    }
+    ends
 }
 
 /// What the history says of a node so far.
@@ -85,6 +138,7 @@ pub(super) fn check(
     let told = play(rows, &run, findings)?;
     check_nodes(&run, &told, findings);
     check_end(&run, findings);
+    check_owed(&run, known, findings);
     Ok(())
 }
 
@@ -179,7 +233,9 @@ fn load(
         Ok(true)
     })?;
     findings.checked(I17, (n_arguments + outcomes.len()) as u64);
+    let ends = ends_of(run, &nodes, findings);
     Ok(Run {
+        ends,
         seq: run,
         record,
         nodes,
@@ -213,14 +269,11 @@ fn check_edges(run: &Run, known: &Known, findings: &mut Findings) {
             findings.violation(I9, || format!("the cause of node {id:x}/{node} is missing"));
         }
         if let BodyEnd::Tail(next) = record.body {
-            // Onwards to a later node, or back to one that has its value: no chain comes back to itself.
-            let target = run.nodes.get(next.0 as usize);
-            let ends = target.is_some_and(|target| {
-                u64::from(next.0) > node || target.record.progress == Progress::Succeeded
-            });
-            findings.check(I9, ends && u64::from(next.0) != node, || {
-                format!("node {id:x}/{node} goes on in {}", next.0)
-            });
+            findings.check(
+                I9,
+                u64::from(next.0) < n && u64::from(next.0) != node,
+                || format!("node {id:x}/{node} goes on in {}, which is missing", next.0),
+            );
         }
         findings.check(I7, known.specs.contains(&u64::from(record.spec.0)), || {
             format!("spec {} of node {id:x}/{node} is missing", record.spec.0)
@@ -303,7 +356,8 @@ fn play_event(run: &Run, told: &mut [Told], event: &EventRecord, findings: &mut 
     if (event.state == "created") != before.state.is_empty() {
         findings.violation(I11, || format!("{} follows {:?}", here(), before.state));
     }
-    let reopened = event.state == "waiting" && event.note == Note::Reopened;
+    // A body that has ended does not run again: then it is settling once more.
+    let reopened = event.note == Note::Reopened && matches!(event.state, "waiting" | "settling");
     findings.check(I2, !is_terminal(before.state) || reopened, || {
         format!("{} follows {:?}", here(), before.state)
     });
@@ -333,10 +387,19 @@ fn play_event(run: &Run, told: &mut [Told], event: &EventRecord, findings: &mut 
             let first = range.first.0;
             (first..first.saturating_add(range.count)).find(|&input| {
                 let state = told.get(input as usize).map_or("", |told| told.state);
-                match range.mode {
-                    InputUse::Outcome => !is_terminal(state),
-                    InputUse::Value | InputUse::After => state != "succeeded",
-                }
+                // It may have gone on in another node, and is what that one is.
+                let end = run.ends.get(input as usize).copied().unwrap_or(input);
+                let (state, is_certain) = if state == "settling" {
+                    let state = told.get(end as usize).map_or("", |told| told.state);
+                    (state, run.record.round == 1) // a later round may have gone on elsewhere
+                } else {
+                    (state, true)
+                };
+                let satisfied = match range.mode {
+                    InputUse::Outcome => is_terminal(state),
+                    InputUse::Value | InputUse::After => state == "succeeded",
+                };
+                is_certain && !satisfied
             })
         });
         findings.check(I8, missing.is_none(), || {
@@ -392,6 +455,7 @@ fn check_nodes(run: &Run, told: &[Told], findings: &mut Findings) {
             .map(|range| unsatisfied(run, record.round, range))
             .sum::<u64>();
         findings.checked(I5, 1);
+        findings.checked(I8, u64::from(told.leases == 0)); // nothing to compare
         let is_held_back = matches!(record.progress, Progress::Open | Progress::Skipped);
         // A body that failed may have failed before it ran: by a cancelled or quarantined past. What ran had its inputs.
         let never_ran = told.leases == 0;
@@ -417,19 +481,12 @@ fn check_nodes(run: &Run, told: &[Told], findings: &mut Findings) {
 
 /// Inputs that do not satisfy a node now. Those that a later round has opened again satisfied it in its own.
 fn unsatisfied(run: &Run, round: u32, range: &InputRange) -> u64 {
-    let first = range.first.0 as usize;
-    let last = first
-        .saturating_add(range.count as usize)
-        .min(run.nodes.len());
-    run.nodes[first.min(last)..last]
-        .iter()
+    let first = range.first.0;
+    (first..first.saturating_add(range.count))
+        .filter_map(|node| run.end(node))
         .filter(|input| {
-            let input = &input.record;
             let satisfied = match range.mode {
-                InputUse::Outcome => matches!(
-                    input.progress,
-                    Progress::Succeeded | Progress::Failed | Progress::Skipped
-                ),
+                InputUse::Outcome => has_ended(input.progress),
                 InputUse::Value | InputUse::After => input.progress == Progress::Succeeded,
             };
             !satisfied && input.round <= round
@@ -437,20 +494,20 @@ fn unsatisfied(run: &Run, round: u32, range: &InputRange) -> u64 {
         .count() as u64
 }
 
+fn has_ended(progress: Progress) -> bool {
+    matches!(
+        progress,
+        Progress::Succeeded | Progress::Failed | Progress::Skipped
+    )
+}
+
 /// I10: the run has ended iff its nodes have, and says how.
 fn check_end(run: &Run, findings: &mut Findings) {
     let id = run.seq;
     let record = &run.record;
-    let is_ended = |progress: Progress| {
-        matches!(
-            progress,
-            Progress::Succeeded | Progress::Failed | Progress::Skipped
-        )
-    };
-    let open = run
-        .nodes
-        .iter()
-        .filter(|row| !is_ended(row.record.progress))
+    let open = (0..run.nodes.len() as u32)
+        .filter_map(|node| run.end(node))
+        .filter(|end| !has_ended(end.progress))
         .count();
     if record.ended.is_none() {
         findings.check(I10, open > 0 && record.state == RunState::Running, || {
@@ -471,8 +528,8 @@ fn check_end(run: &Run, findings: &mut Findings) {
     findings.check(I10, open == 0 || record.cancelled, || {
         format!("run {id:x} has ended with {open} open nodes")
     });
-    let root = run.nodes.get(record.root.0 as usize);
-    let expected = match root.map(|row| row.record.progress) {
+    let root = run.end(record.root.0);
+    let expected = match root.map(|end| end.progress) {
         _ if record.cancelled => RunState::Cancelled,
         Some(Progress::Succeeded) => RunState::Succeeded,
         _ => RunState::Failed,
@@ -483,4 +540,20 @@ fn check_end(run: &Run, findings: &mut Findings) {
             record.state
         )
     });
+}
+
+/// I12: what is owed of this run has settled.
+fn check_owed(run: &Run, known: &Known, findings: &mut Findings) {
+    for &(node, round, output) in known.owed.get(&run.seq).into_iter().flatten() {
+        // In a later round it may be open again; in a cancelled run it has settled by that.
+        let settled = run.end(node).is_some_and(|end| {
+            has_ended(end.progress) || run.record.cancelled || run.record.round > round
+        });
+        findings.check(I12, settled, || {
+            format!(
+                "outbox {output} owes node {:x}/{node}, which has not settled",
+                run.seq
+            )
+        });
+    }
 }

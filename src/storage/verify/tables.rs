@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use super::pages::Header;
 use super::{Findings, I12, I14, I16, I17, I18};
 use crate::broker::outcome::Fact;
-use crate::broker::types::{Body, NameId, Payload, PayloadRef, Progress};
+use crate::broker::types::{Body, NameId, Payload, PayloadRef};
 use crate::storage::StorageError;
 use crate::storage::payloads::Payloads;
 use crate::storage::reader::{PayloadSource, corrupt, each_parted, each_row};
 use crate::storage::records::{PART_BITS, rows_in};
-use crate::storage::row::{RowKey, Table};
+use crate::storage::row::Table;
 use crate::storage::rows::Rows;
 
 const EVERYTHING: ((u64, u64), (u64, u64)) = ((0, 0), (u64::MAX, u64::MAX));
@@ -25,6 +25,8 @@ pub(super) struct Known {
     pub(super) specs: HashSet<u64>,
     /// Keys and the runs they belong to, ascending.
     pub(super) keys: Vec<(u128, Option<u64>)>,
+    /// Deliveries owed of each run: node, round, output.
+    pub(super) owed: BTreeMap<u64, Vec<(u32, u32, u64)>>,
     /// Dead letters, as owners of payloads.
     letters: BTreeSet<u64>,
 }
@@ -36,7 +38,7 @@ fn told(result: Result<(), StorageError>, table: Table, findings: &mut Findings)
     }
 }
 
-/// Checks all tables but those of runs and outboxes.
+/// Checks all tables but those of runs.
 pub(super) fn check(
     rows: &dyn Rows,
     next_run: u64,
@@ -133,11 +135,12 @@ pub(super) fn check(
         Ok(true)
     });
     told(found, Table::DeadLetter, findings);
+    check_outboxes(rows, &mut known, findings);
     known
 }
 
-/// Checks what is owed: once, of a node that is there and has settled, and without a hole behind the cursor.
-pub(super) fn check_outboxes(rows: &dyn Rows, findings: &mut Findings) {
+/// Checks what is owed: once, and without a hole behind the cursor. Whether the nodes have settled is for their runs to say.
+fn check_outboxes(rows: &dyn Rows, known: &mut Known, findings: &mut Findings) {
     let (from, to) = EVERYTHING;
     let mut confirmed: BTreeMap<u64, (u64, Vec<u64>)> = BTreeMap::new();
     let found = each_parted(rows, Table::OutboxCursor, from, to, &mut |key, whole| {
@@ -167,26 +170,11 @@ pub(super) fn check_outboxes(rows: &dyn Rows, findings: &mut Findings) {
                 )
             });
         }
-        let node_key = RowKey {
-            table: Table::Node,
-            major: node.run.0,
-            minor: u64::from(node.node.0),
-        };
-        let settled = match rows.get(node_key)? {
-            None => false,
-            Some(value) => {
-                let row = rows_in::node_row(node_key, &value).map_err(|e| corrupt(node_key, &e))?;
-                row.record.round > record.round || is_terminal(row.record.progress)
-            }
-        };
-        if !settled {
-            findings.violation(I12, || {
-                format!(
-                    "outbox {} owes node {node}, which has not settled",
-                    key.major
-                )
-            });
-        }
+        known
+            .owed
+            .entry(node.run.0)
+            .or_default()
+            .push((node.node.0, record.round, key.major));
         numbers.entry(key.major).or_default().insert(key.minor);
         Ok(true)
     });
@@ -204,13 +192,6 @@ pub(super) fn check_outboxes(rows: &dyn Rows, findings: &mut Findings) {
             )
         });
     }
-}
-
-fn is_terminal(progress: Progress) -> bool {
-    matches!(
-        progress,
-        Progress::Succeeded | Progress::Failed | Progress::Skipped
-    )
 }
 
 /// References to large payloads, and what they refer to.
