@@ -17,13 +17,13 @@ use tokio::task::JoinHandle;
 use crate::world::{Setup, World, soon};
 
 /// A worker that runs in this process until it is stopped.
-struct Running {
+pub(crate) struct Running {
     stop: oneshot::Sender<()>,
     task: JoinHandle<Result<Report, ClientError>>,
 }
 
 impl Running {
-    fn start(worker: WorkerBuilder) -> Self {
+    pub(crate) fn start(worker: WorkerBuilder) -> Self {
         let (stop, stopped) = oneshot::channel();
         let task = tokio::spawn(worker.run(async {
             let _ = stopped.await;
@@ -31,7 +31,7 @@ impl Running {
         Self { stop, task }
     }
 
-    async fn stop(self) -> Report {
+    pub(crate) async fn stop(self) -> Report {
         let _ = self.stop.send(());
         soon(self.task).await.expect("no panic").expect("it ran")
     }
@@ -42,7 +42,7 @@ async fn outcome(client: &Client, submit: Submit) -> Outcome {
     ended(client, run).await
 }
 
-async fn ended(client: &Client, run: dagorama::broker::types::RunId) -> Outcome {
+pub(crate) async fn ended(client: &Client, run: dagorama::broker::types::RunId) -> Outcome {
     match soon(client.wait(run, None)).await.expect("an answer") {
         Waited::Ended(outcome) => outcome,
         Waited::Running { state, hint } => panic!("{state:?}: {hint}"),
