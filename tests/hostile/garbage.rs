@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dagorama::client::{Client, Data, Returned, Submit, Waited, Worker, spec};
 use dagorama::edge::native::frame::{self, MAX_BODY_BYTES, Verb};
+use dagorama::engine::clock::Stopwatch;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::verbs::GOOD_BODIES;
@@ -126,8 +127,8 @@ fn bad(dice: &mut Dice, kind: usize) -> (bool, Vec<u8>) {
         }
         // A stream of good frames with garbage in the middle.
         12 => {
-            for request in 1..1 + dice.below(40) as u32 {
-                frame::put(&mut out, Verb::Status, false, request, b"{}");
+            for request in 0..dice.below(40) as u32 {
+                frame::put(&mut out, Verb::Status, false, 1 + request, b"{}");
             }
             out.extend(dice.bytes(64));
             frame::put(&mut out, Verb::Status, false, 99, b"{}");
@@ -167,7 +168,7 @@ async fn works_on(client: Client, stop: Arc<AtomicBool>, runs: Arc<AtomicU64>) -
     let leaf = spec("leaf");
     let mut n: u64 = 0;
     while !stop.load(Ordering::Relaxed) {
-        let began = Instant::now();
+        let began = Stopwatch::start();
         let run = soon(client.submit(Submit::call(&leaf, Data::json(&n)))).await;
         let waited = soon(client.wait(run.expect("taken"), None)).await;
         let Waited::Ended(outcome) = waited.expect("an answer") else {

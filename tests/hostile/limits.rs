@@ -1,9 +1,10 @@
 //! Limits in time, in number and in bytes.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dagorama::edge::native::Limits;
 use dagorama::edge::native::frame::{HEADER_BYTES, MAX_BODY_BYTES, Verb};
+use dagorama::engine::clock::Stopwatch;
 use tokio::io::AsyncWriteExt;
 
 use crate::world::{Raw, Setup, World, code, soon};
@@ -46,7 +47,7 @@ async fn the_first_frame_must_come_in_time() {
         ("half a header", &hello[..6]),
         ("a header", &hello[..]),
     ] {
-        let began = Instant::now();
+        let began = Stopwatch::start();
         let mut raw = Raw::open(world.socket()).await;
         raw.stream.write_all(bytes).await.expect("writable");
         assert_eq!(
@@ -62,7 +63,7 @@ async fn the_first_frame_must_come_in_time() {
     }
     // A byte now and then does not help.
     let mut raw = Raw::open(world.socket()).await;
-    let began = Instant::now();
+    let began = Stopwatch::start();
     for byte in hello {
         if raw.stream.write_all(&[byte]).await.is_err() {
             break;

@@ -17,13 +17,13 @@ use tokio::task::JoinHandle;
 use crate::world::{Setup, World, soon};
 
 /// A worker that runs in this process until it is stopped.
-struct Running {
+pub(crate) struct Running {
     stop: oneshot::Sender<()>,
     task: JoinHandle<Result<Report, ClientError>>,
 }
 
 impl Running {
-    fn start(worker: WorkerBuilder) -> Self {
+    pub(crate) fn start(worker: WorkerBuilder) -> Self {
         let (stop, stopped) = oneshot::channel();
         let task = tokio::spawn(worker.run(async {
             let _ = stopped.await;
@@ -31,7 +31,7 @@ impl Running {
         Self { stop, task }
     }
 
-    async fn stop(self) -> Report {
+    pub(crate) async fn stop(self) -> Report {
         let _ = self.stop.send(());
         soon(self.task).await.expect("no panic").expect("it ran")
     }
@@ -42,7 +42,7 @@ async fn outcome(client: &Client, submit: Submit) -> Outcome {
     ended(client, run).await
 }
 
-async fn ended(client: &Client, run: dagorama::broker::types::RunId) -> Outcome {
+pub(crate) async fn ended(client: &Client, run: dagorama::broker::types::RunId) -> Outcome {
     match soon(client.wait(run, None)).await.expect("an answer") {
         Waited::Ended(outcome) => outcome,
         Waited::Running { state, hint } => panic!("{state:?}: {hint}"),
@@ -265,7 +265,7 @@ async fn large_arguments_values_and_structures() {
             }),
     );
     let client = world.client().await;
-    for size in [0, 1, 3_072, 3_073, 100_000, 5_000_000] {
+    for size in [0_u32, 1, 3_072, 3_073, 100_000, 5_000_000] {
         let body: Vec<u8> = (0..size).map(|at| (at % 251) as u8).collect();
         let got = outcome(
             &client,
@@ -367,18 +367,21 @@ async fn children_created_early_are_the_same_in_the_next_attempt() {
     world.stop().await;
 }
 
+/// Counts its end.
+struct OnDrop(Arc<AtomicU32>);
+
+impl Drop for OnDrop {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancelled_call_is_aborted_and_a_resumed_run_goes_on() {
     let world = World::start().await;
     let client = world.client().await;
     let slow = spec("slow");
     let dropped = Arc::new(AtomicU32::new(0));
-    struct OnDrop(Arc<AtomicU32>);
-    impl Drop for OnDrop {
-        fn drop(&mut self) {
-            self.0.fetch_add(1, Ordering::Relaxed);
-        }
-    }
     let started = Arc::new(tokio::sync::Notify::new());
     let worker = Running::start(Worker::builder(&world.url(), None).action(&slow, {
         let (dropped, started) = (Arc::clone(&dropped), Arc::clone(&started));
@@ -500,13 +503,13 @@ async fn everything_people_ask() {
     assert_eq!(shown["nodes"][0]["state"], "succeeded");
     assert_eq!(shown["tags"], serde_json::json!({"team": "a"}));
     let events = client.events(open, 0, 100).await.expect("events");
-    let states: Vec<&str> = events["events"]
+    let words: Vec<&str> = events["events"]
         .as_array()
         .expect("a list")
         .iter()
         .map(|event| event["state"].as_str().expect("a word"))
         .collect();
-    assert_eq!(states, ["created", "leased", "succeeded"]);
+    assert_eq!(words, ["created", "leased", "succeeded"]);
     assert_eq!(events["events"][0]["action"], "leaf");
     assert_eq!(events["ended"], true);
     let later = client.events(open, 2, 100).await.expect("events");
@@ -597,11 +600,11 @@ async fn a_long_call_keeps_its_short_lease() {
     let worker = Running::start(
         Worker::builder(&world.url(), None)
             .action(&slow, |call| async move {
-                tokio::time::sleep(Duration::from_millis(1_000)).await;
+                tokio::time::sleep(Duration::from_secs(1)).await;
                 Ok(Returned::json(&call.attempt()))
             })
             .plain(&spec("blocks"), |call| {
-                std::thread::sleep(Duration::from_millis(1_000));
+                std::thread::sleep(Duration::from_secs(1));
                 Ok(Returned::json(&call.attempt()))
             }),
     );

@@ -19,6 +19,7 @@ use dagorama::edge::native::codec;
 use dagorama::edge::native::frame::{self, Frame, Verb};
 use dagorama::edge::native::{Address, Limits, NativeOptions, NativeServer, NoExtensions, serve};
 use dagorama::engine::{EngineOptions, EngineThread, Handle, spawn};
+use dagorama::storage::Store;
 use dagorama::storage::memory::MemoryStore;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -64,11 +65,17 @@ impl World {
     }
 
     pub async fn with(setup: Setup) -> Self {
+        let store = setup.store.clone();
+        Self::on(store, setup).await
+    }
+
+    /// On another store than the one of the setup, which stays empty then.
+    pub async fn on(store: impl Store + 'static, setup: Setup) -> Self {
         let options = EngineOptions {
             settings: setup.settings,
             ..EngineOptions::default()
         };
-        let (handle, engine, _) = spawn(setup.store.clone(), options).expect("a sound store");
+        let (handle, engine, _) = spawn(store, options).expect("a sound store");
         let options = NativeOptions {
             address: setup.address,
             token: setup.token.map(Arc::from),

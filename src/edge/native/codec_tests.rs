@@ -3,7 +3,7 @@
 use super::*;
 use bytes::BytesMut;
 
-use crate::edge::native::frame;
+use crate::edge::native::frame::{self, Malformed};
 
 /// A small generator of its own: the same numbers on every machine.
 struct Dice(u64);
@@ -297,7 +297,9 @@ fn every_body_comes_back() {
 
     let mut got = decode_finish(listed(&finishes(), put_finish)).expect("finish");
     assert!(got.iter().all(|f| f.digest != 0));
-    got.iter_mut().for_each(|f| f.digest = 0);
+    for finish in &mut got {
+        finish.digest = 0;
+    }
     assert_eq!(got, finishes());
 
     assert_eq!(
@@ -490,7 +492,7 @@ fn mutate(dice: &mut Dice, body: &[u8], other: &[u8], out: &mut Vec<u8>) {
                 out[at..at + 4].copy_from_slice(&value.to_le_bytes());
             }
             3 if length > 0 => out.truncate(dice.below(length)),
-            4 => out.extend_from_slice(&dice.next().to_le_bytes()[..1 + dice.below(8)]),
+            4 => out.extend_from_slice(&dice.next().to_le_bytes()[..=dice.below(8)]),
             5 if !other.is_empty() => {
                 let from = dice.below(other.len());
                 out.extend_from_slice(&other[from..]);

@@ -316,7 +316,7 @@ mod tests {
             (Verb::Hello, false, 1, &b"{}"[..]),
             (Verb::Credit, false, 0, &[1, 0, 0, 0]),
             (Verb::Reply, true, u32::MAX, &[]),
-            (Verb::Reply, false, 7, &[9; 70_000]),
+            (Verb::Reply, false, 7, &vec![9; 70_000][..]),
         ] {
             let bytes = framed(verb, more, request, body);
             let mut buffer = BytesMut::new();
