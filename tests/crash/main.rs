@@ -171,8 +171,10 @@ fn killed_at_every_seventh_call() {
         let journal = Arc::new(Journal::default());
         let survived = match Server::start(&data, &setup(vec![("KILL", at.to_string())])) {
             Ok(server) => {
-                short_life(&server, &journal, at << 20);
-                std::thread::sleep(Duration::from_millis(150)); // the state store's turn
+                for life in 0..4 {
+                    short_life(&server, &journal, (at << 24) + (life << 20));
+                    std::thread::sleep(Duration::from_millis(150)); // the state store's turn
+                }
                 match server.ended(&data, Duration::from_millis(50)) {
                     Some(_) => false,
                     None => true,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use dagorama::broker::types::{Body, NodeIndex, NodeKey, RunSeq};
+use dagorama::broker::types::{Body, NodeIndex, NodeKey, RunSeq, RunState};
 use dagorama::broker::{Restoring, settings::Settings};
 use dagorama::storage::durable::{Durable, DurableOptions};
 use dagorama::storage::{Read, Store};
@@ -55,12 +55,14 @@ fn content(reader: &dyn Read, acks: &[Ack], sent: &BTreeMap<u64, Plan>) -> Resul
             }
             Ack::Cancelled { seq } => {
                 let record = record(*seq)?;
-                if !record.cancelled && record.round == 1 {
+                // Cancelling what has succeeded is accepted and changes nothing.
+                if !record.cancelled && record.round == 1 && record.state != RunState::Succeeded {
                     return Err(format!("lost: the cancellation of {seq:x}"));
                 }
             }
             Ack::Resumed { seq } => {
-                if record(*seq)?.round < 2 {
+                let record = record(*seq)?;
+                if record.round < 2 && record.state != RunState::Succeeded {
                     return Err(format!("lost: the resumption of {seq:x}"));
                 }
             }

@@ -86,11 +86,11 @@ fn plan(seed: u64, width: u32, large: bool) -> Plan {
 fn recordings(seed: u64) -> Vec<Recording> {
     let base = seed << 32;
     vec![
-        record("small-runs", "", (0..600).map(|i| plan(base + i, 0, false)).collect(), 20, false),
+        record("small-runs", "", (0..600).map(|i| plan(base + i, 0, false)).collect(), 4, false),
         record("fans-and-payloads", "", (0..24).map(|i| plan(base + 10_000 + i, 20 + (i as u32 * 7) % 60, true)).collect(), 2, false),
         record("cancel-and-resume", "", (0..160).map(|i| plan(base + 20_000 + i, 1 + i as u32 % 5, i % 3 == 0)).collect(), 8, true),
         // Enough churn, with deletion behind it, that the log is shortened again and again and sled reuses its segments.
-        record("churn", "", (0..6_000).map(|i| plan(base + 30_000 + i, u32::from(i % 100 == 0) * 30, false)).collect(), 50, false),
+        record("churn", "", (0..16_000).map(|i| plan(base + 30_000 + i, u32::from(i % 100 == 0) * 30, false)).collect(), 50, false),
     ]
 }
 
@@ -102,6 +102,8 @@ struct Found {
     acks: u64,
     failures: Vec<String>,
     shortened: u64,
+    /// Writes of sled into a part of its file that it had left behind: segments used again.
+    reused: u64,
 }
 
 /// Makes and checks about `n` images of a recording.
@@ -113,11 +115,15 @@ fn images(recording: &Recording, n: u64, blind: Blind, seed: u64) -> Found {
     let mut points: Vec<u64> = (0..n).map(|_| random.below(total + 1)).collect();
     points.sort_unstable();
     let mut replay = Replay::new(blind);
-    let mut at = 0u64;
+    let (mut at, mut state_end) = (0u64, 0u64);
     for point in points {
         while at < point {
             let op = &recording.ops[at as usize];
             found.shortened += u64::from(op.kind == b'R' && op.path.contains("/log/") || op.kind == b'U' && op.path.contains("/log/"));
+            if op.kind == b'W' && op.path.contains("/state/") {
+                found.reused += u64::from(op.offset + (4 << 20) < state_end);
+                state_end = state_end.max(op.offset);
+            }
             replay.step(op);
             at += 1;
         }
@@ -152,7 +158,7 @@ fn power_cuts_lose_nothing_and_the_checker_would_see_it() {
     let mut failures = Vec::new();
     for recording in &recordings {
         let found = images(recording, n / recordings.len() as u64, Blind::No, seed);
-        println!("{}: {} operations, {} images ({} distinct), log segments recycled or removed {} times, {} failures", recording.name, recording.ops.len(), found.images, found.distinct.len(), found.shortened, found.failures.len());
+        println!("{}: {} operations, {} images ({} distinct), log segments recycled or removed {} times, {} writes of sled into used segments, {} failures", recording.name, recording.ops.len(), found.images, found.distinct.len(), found.shortened, found.reused, found.failures.len());
         total += found.images;
         distinct += found.distinct.len() as u64;
         acks += found.acks;
