@@ -83,7 +83,7 @@ impl DurableOptions {
     /// Small segments and no reserve: for tests, which make many stores on small disks.
     pub fn small() -> Self {
         Self {
-            segment_bytes: 1 << 20,
+            segment_bytes: 4 << 20,
             payload_segment_bytes: 1 << 20,
             min_free_bytes: 0,
             min_free_permille: 0,

@@ -108,7 +108,7 @@ fn a_newer_format_is_refused_without_a_write() {
         })
     ));
     assert_eq!(listing(&disk.path), before);
-    std::fs::write(&format, text.replace("segment-bytes 1", "segment-bytes 2")).unwrap();
+    std::fs::write(&format, text.replace("segment-bytes ", "segment-bytes 1")).unwrap();
     let refused = Durable::open(&disk.path, disk.options);
     assert!(matches!(refused, Err(StorageError::Corrupt { .. })));
     std::fs::remove_file(&format).unwrap();

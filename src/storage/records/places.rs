@@ -178,7 +178,7 @@ mod tests {
             (3, 8_192),
             (4, 1_700_000_000_000),
         ] {
-            let key = KeyHash(n << 88 | 77);
+            let key = KeyHash(n << 88 | 0x77);
             places.insert(key, Timestamp(at));
             let later = Timestamp(at + 3 * 365 * 86_400_000);
             assert_eq!(places.take(key, later), Some(at >> KEY_STEP), "{at}");
