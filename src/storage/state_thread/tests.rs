@@ -8,6 +8,8 @@ use super::super::digest::RUN_TABLES;
 use super::super::overlay::TABLES_OF_RUNS;
 use super::super::records::RowBatch;
 use super::super::row::Row;
+use super::super::row::RowKey;
+use super::reading::row_key;
 use super::*;
 use crate::broker::types::{Timestamp, WallTime};
 

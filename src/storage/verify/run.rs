@@ -88,6 +88,8 @@ struct Told {
     state: &'static str,
     leases: u32,
     last_event: u64,
+    /// Its body ended in an earlier round and does not run again, whatever its inputs do in this one.
+    body_kept: bool,
 }
 
 /// Checks a run. An error: a row of it cannot be read or decoded.
@@ -367,11 +369,13 @@ fn play_event(run: &Run, told: &mut [Told], event: &EventRecord, findings: &mut 
     let mut after = Told {
         state: event.state,
         last_event: event.seq,
+        body_kept: before.body_kept || (reopened && event.state == "settling"),
         ..before
     };
     let is_same_lease = matches!(event.note, Note::LeaseShortened | Note::LeaseResumed);
     if event.state == "leased" && !is_same_lease {
         after.leases += 1;
+        after.body_kept = false;
         findings.check(I3, event.attempt == after.leases, || {
             format!(
                 "{} is attempt {} and lease {}",
@@ -457,9 +461,9 @@ fn check_nodes(run: &Run, told: &[Told], findings: &mut Findings) {
         findings.checked(I5, 1);
         findings.checked(I8, u64::from(told.leases == 0)); // nothing to compare
         let is_held_back = matches!(record.progress, Progress::Open | Progress::Skipped);
-        // A body that failed may have failed before it ran: by a cancelled or quarantined past. What ran had its inputs.
-        let never_ran = told.leases == 0;
-        findings.check(I6, is_held_back || never_ran || remaining == 0, || {
+        // What ran had its inputs; what never ran, or not in this round, says nothing about them.
+        let not_for_these = told.leases == 0 || told.body_kept;
+        findings.check(I6, is_held_back || not_for_these || remaining == 0, || {
             format!(
                 "node {id:x}/{node} is {:?} with {remaining} missing inputs",
                 record.progress
