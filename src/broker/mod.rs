@@ -21,7 +21,6 @@
 
 mod cascade;
 mod check;
-mod circle;
 pub mod command;
 mod complete;
 mod explain;

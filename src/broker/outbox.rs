@@ -209,7 +209,9 @@ impl World {
     /// Intake waits while the outbox is nearly full; completions never do.
     pub(super) fn check_outbox(&self) -> Result<(), Rejection> {
         let limit = self.settings.max_outbox;
-        if !self.settings.outputs.is_empty() && self.outboxes.n_pending >= limit.saturating_mul(8) / 10 {
+        if !self.settings.outputs.is_empty()
+            && self.outboxes.n_pending >= limit.saturating_mul(8) / 10
+        {
             return Err(Rejection::new(
                 Code::OutboxFull,
                 format!(

@@ -2,10 +2,9 @@
 //!
 //! Cancelling is one fact: the run's flag, from which the states of its open nodes derive (G9), so it costs the same for a million
 //! nodes. Resuming begins the next round: failed, skipped and cancelled nodes open again, with the newest code; succeeded ones keep
-//! their outcome. A body that has ended with a promise is not run again: it waits for what it refers to, unless that would wait for
-//! it (see [`circle`]).
+//! their outcome. A body that has ended with a promise is not run again: it waits for what it refers to.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::command::{Code, Rejection};
@@ -17,7 +16,7 @@ use super::types::{
     Attempt, BodyEnd, NodeIndex, NodeKey, NodeRecord, NodeState, Note, Progress, RunId, RunSeq,
     RunState, Spec, SpecId, Timestamp,
 };
-use super::{Broker, World, circle};
+use super::{Broker, World};
 
 impl Broker {
     pub(super) fn on_cancel(
@@ -74,14 +73,10 @@ impl Broker {
         record.cancel_reason = Arc::clone(&world.nothing);
         record.ended = None;
         record.state = RunState::Running;
-        let again = circle::to_run_again(run);
-        if !again.is_empty() {
-            run.lengthen_chains();
-        }
         run.write_run(tx, record);
         let mut newest = BTreeMap::new();
         for node in 0..run.len() {
-            if let Some(record) = reopened(run, world, tx, &mut newest, node, &again) {
+            if let Some(record) = reopened(run, world, tx, &mut newest, node) {
                 run.write(tx, node, record);
             }
         }
@@ -161,20 +156,13 @@ fn reopened(
     tx: &mut Tx,
     newest: &mut BTreeMap<u32, SpecId>,
     node: u32,
-    again: &BTreeSet<u32>,
 ) -> Option<NodeRecord> {
     let core = *run.core(node);
-    let runs_again = again.contains(&node);
-    if core.stage == Stage::Succeeded || (core.is_follower() && !runs_again) {
+    if core.stage == Stage::Succeeded || core.is_follower() {
         return None;
     }
-    let before = if core.is_follower() {
-        None
-    } else {
-        Some(run.node_record(node))
-    };
-    let mut record = before.clone().unwrap_or_else(|| run.unfollowed(node));
-    let settles = core.body == Body::Structure && !runs_again;
+    let mut record = run.node_record(node);
+    let settles = core.body == Body::Structure;
     record.progress = if settles {
         Progress::Settling
     } else {
@@ -190,7 +178,7 @@ fn reopened(
     record.failures = 0;
     record.losses = 0;
     record.cause = None;
-    if Some(&record) == before.as_ref() {
+    if record == run.node_record(node) {
         return None;
     }
     record.round = run.record.round;

@@ -108,8 +108,6 @@ pub(super) struct Draft {
     /// Per node: where its inputs lie in `ranges`.
     inputs: Vec<(u32, u32)>,
     pub references: BTreeMap<u32, Vec<InputRange>>,
-    /// Per follower: the node it handed over to, before the chain was shortened.
-    pub tails: BTreeMap<u32, u32>,
     /// Why the facts do not fit together, if they do not.
     pub damage: Option<String>,
 }
@@ -358,13 +356,6 @@ impl Run {
             return;
         };
         let slot = core.is_open().then_some(core.link);
-        if let Some(draft) = &mut self.draft {
-            if let BodyEnd::Tail(target) = record.body {
-                draft.tails.insert(node.0, target.0);
-            } else {
-                draft.tails.remove(&node.0);
-            }
-        }
         core.digest = record.digest;
         core.spec = record.spec.0;
         core.parent = index(record.parent);
@@ -415,26 +406,6 @@ impl Run {
             draft.damage.get_or_insert_with(detail);
         } else {
             debug_assert!(false, "I9 every node was created: {}", detail());
-        }
-    }
-
-    /// A follower whose body is to run again: everything about it but its promise.
-    pub(super) fn unfollowed(&self, node: u32) -> NodeRecord {
-        let core = self.core(node);
-        NodeRecord {
-            spec: SpecId(core.spec),
-            parent: maybe(core.parent),
-            round: core.round,
-            progress: Progress::Open,
-            body: BodyEnd::Plain,
-            attempt: Attempt(core.attempt),
-            failures: 0,
-            losses: 0,
-            not_before: Timestamp(0),
-            not_before_wall: WallTime(0),
-            digest: core.digest,
-            cause: None,
-            note: core.note,
         }
     }
 
@@ -535,16 +506,6 @@ impl Run {
             at = next;
         }
         end
-    }
-
-    /// Undoes the shortening of chains, before one of them is broken.
-    pub(super) fn lengthen_chains(&mut self) {
-        let Some(draft) = &self.draft else { return };
-        for (node, target) in &draft.tails {
-            if self.cores[*node as usize].is_follower() {
-                self.cores[*node as usize].link = *target;
-            }
-        }
     }
 
     /// Whether all chains of tail calls end at a node of the run. Shortens them.

@@ -150,25 +150,37 @@ scripts! {
         @4 finish a #1 value -> LEASE_EXPIRED
         @5 nodes r -> a ready #1 (reopened)
     ";
-    a_promise_of_a_node_that_waits_for_its_maker_does_not_stop_a_resumed_run: "
+    /// Else the resumed run would wait for ever: each of the two for the other.
+    a_promise_of_a_node_that_a_resume_opens_again_is_refused: "
         @0 attach w1 -> attached
         @0 credit w1 9 -> ok
         @1 submit r: x, a, z on a on x -> r new, x #1 to w1, a #1 to w1
         @2 finish x #1 fail -> ok, r settled
-        @3 finish a #1 tail z -> ok, r ended
-        @4 resume r -> ok, x #2 to w1, a #2 to w1
-        @5 finish x #2 value | a #2 value -> ok, ok, z #1 to w1
-        @6 finish z #1 value -> ok, r settled, r ended
+        @3 finish a #1 tail z -> GRAPH_CYCLE
+        @3 finish a #1 struct z -> GRAPH_CYCLE
+        @3 finish a #1 struct c with c on z -> GRAPH_CYCLE
+        @3 finish a #1 value with c any x -> GRAPH_CYCLE
+        @3 create a #1 at 0: c on z -> GRAPH_CYCLE
+        @4 finish a #1 value -> ok, r ended
     ";
-    a_structure_with_a_child_that_waits_for_it_does_not_stop_a_resumed_run: "
+    a_child_may_not_hand_over_to_its_failed_parent: "
         @0 attach w1 -> attached
         @0 credit w1 9 -> ok
-        @1 submit r: x, a, z on a on x -> r new, x #1 to w1, a #1 to w1
-        @2 finish x #1 fail -> ok, r settled
-        @3 finish a #1 struct c with c on z -> ok, r ended
-        @4 resume r -> ok, x #2 to w1, a #2 to w1
-        @5 finish x #2 value | a #2 value -> ok, ok, z #1 to w1
-        @6 finish z #1 value -> ok, c #1 to w1, r settled
-        @7 finish c #1 value -> ok, r ended
+        @1 submit r: a -> r new, a #1 to w1
+        @2 create a #1 at 0: b -> created, b #1 to w1
+        @3 finish a #1 fail -> ok, r settled
+        @4 finish b #1 tail a -> GRAPH_CYCLE
+        @4 finish b #1 struct a -> GRAPH_CYCLE
+        @5 finish b #1 value -> ok, r ended
+    ";
+    an_own_child_that_failed_may_be_waited_for_and_is_opened_with_its_parent: "
+        @0 attach w1 -> attached
+        @0 credit w1 9 -> ok
+        @1 submit r: a -> r new, a #1 to w1
+        @2 create a #1 at 0: b -> created, b #1 to w1
+        @3 finish b #1 fail -> ok
+        @4 finish a #1 tail b -> ok, r settled, r ended
+        @5 resume r -> ok, b #2 to w1
+        @6 finish b #2 value -> ok, r settled, r ended
     ";
 }

@@ -54,13 +54,14 @@ scripts! {
         @4 finish a #1 tail b -> ok, z #1 to w1
         @4 value a -> b succeeded
     ";
-    a_tail_call_to_a_node_that_has_failed: "
+    a_tail_call_to_an_own_child_that_has_failed: "
         @0 attach w1 -> attached
         @0 credit w1 9 -> ok
-        @1 submit r: p, a any p, z on a -> r new, p #1 to w1
-        @2 finish p #1 fail -> ok, a #1 to w1
-        @3 finish a #1 tail p -> ok, r settled, r ended
-        @4 nodes r -> p failed #1 (attempt failed), a failed #1 for p, z skipped for p
+        @1 submit r: a, z on a -> r new, a #1 to w1
+        @2 create a #1 at 0: p -> created, p #1 to w1
+        @3 finish p #1 fail -> ok
+        @4 finish a #1 tail p -> ok, r settled, r ended
+        @5 nodes r -> a failed #1 for p, z skipped for p, p failed #1 (attempt failed)
     ";
     a_structure_settles_when_all_its_references_have: "
         @0 attach w1 -> attached
@@ -126,13 +127,14 @@ scripts! {
         @3 finish a #1 value -> ok, r ended
         @3 run r -> failed round 1 root skipped at z events 8 succeeded=1 failed=1 skipped=1
     ";
-    a_child_of_a_failed_node_is_skipped_at_birth: "
+    a_child_of_a_failed_child_is_skipped_at_birth: "
         @0 attach w1 -> attached
         @0 credit w1 9 -> ok
-        @1 submit r: p, a any p -> r new, p #1 to w1
-        @2 finish p #1 fail -> ok, a #1 to w1
-        @3 finish a #1 value with b on p, c any p -> ok, c #1 to w1, r settled
-        @4 nodes r -> p failed #1 (attempt failed), a succeeded #1, b skipped for p, c leased #1
+        @1 submit r: a -> r new, a #1 to w1
+        @2 create a #1 at 0: p -> created, p #1 to w1
+        @3 finish p #1 fail -> ok
+        @4 finish a #1 value with b on p, c any p -> ok, c #1 to w1, r settled
+        @5 nodes r -> a succeeded #1, p failed #1 (attempt failed), b skipped for p, c leased #1
     ";
     a_child_of_a_succeeded_node_is_ready_at_birth: "
         @0 attach w1 -> attached

@@ -63,6 +63,9 @@ impl Oracle {
             {
                 return Expect::No(&[Code::GraphCycle]);
             }
+            if self.bad_references(run, at, item) {
+                return Expect::No(&[Code::GraphCycle]);
+            }
             self.add(run, Some(at), &item.children, &item.specs);
         }
         let base =
@@ -115,6 +118,40 @@ impl Oracle {
         Expect::Yes
     }
 
+    /// What already exists may be waited for if it is an own child or has a value: nothing else stays as it is for ever.
+    fn bad_existing<'a>(
+        &self,
+        run: usize,
+        at: usize,
+        mut inputs: impl Iterator<Item = &'a NewInput>,
+    ) -> bool {
+        let run = &self.runs[run];
+        inputs.any(|input| {
+            matches!(input.first, NodeRef::Existing(_))
+                && each(input, 0).any(|to| {
+                    let succeeded = run.nodes[to as usize].stage == Stage::Succeeded;
+                    !succeeded && !run.nodes[at].children.contains(&to)
+                })
+        })
+    }
+
+    /// The same of all that comes with a completion.
+    fn bad_references(&self, run: usize, at: usize, item: &Completion) -> bool {
+        let references: Vec<NewInput> = match &item.end {
+            AttemptEnd::Structure { references, .. } => references.clone(),
+            AttemptEnd::Tail(first) => {
+                vec![NewInput {
+                    first: *first,
+                    count: 1,
+                    mode: InputUse::Value,
+                }]
+            }
+            _ => Vec::new(),
+        };
+        let inputs = item.children.iter().flat_map(|child| &child.inputs);
+        self.bad_existing(run, at, references.iter().chain(inputs))
+    }
+
     pub(super) fn create(&mut self, request: &CreateChildren) -> Expect {
         let real = request.token != crate::broker::tests::schedule::FORGED;
         if let Some(answer) = self.fenced(request.node, request.attempt.0, real, None) {
@@ -130,6 +167,10 @@ impl Oracle {
         // The schedules repeat a creation exactly, or append.
         if first < existing {
             return Expect::Again;
+        }
+        let inputs = request.children.iter().flat_map(|child| &child.inputs);
+        if self.bad_existing(run, at, inputs) {
+            return Expect::No(&[Code::GraphCycle]);
         }
         self.add(run, Some(at), &request.children, &request.specs);
         self.settle(run);
@@ -169,22 +210,17 @@ impl Oracle {
         if run.nodes.iter().all(|node| node.stage == Stage::Succeeded) {
             return Expect::Again;
         }
-        let again = in_circles(&run.nodes);
         run.round += 1;
         run.cancelled = false;
         run.ended = false;
         run.root_told = run.nodes[run.root as usize].stage == Stage::Succeeded;
         let (now, wall) = (self.now, self.wall);
-        for (i, node) in run.nodes.iter_mut().enumerate() {
+        for node in &mut run.nodes {
             if node.stage == Stage::Succeeded {
                 continue;
             }
             node.failures = 0;
             node.losses = 0;
-            if again.contains(&i) {
-                node.references.clear();
-                node.tail = false;
-            }
             if !node.references.is_empty() {
                 // Its body ended well: it waits again for what it refers to.
                 node.stage = Stage::Settling;
@@ -403,38 +439,5 @@ impl Oracle {
             };
             Some((i, stage))
         })
-    }
-}
-
-/// Nodes that ended with a promise of something that would wait for them in the next round: their bodies run again.
-fn in_circles(nodes: &[OracleNode]) -> Vec<usize> {
-    let mut again: Vec<usize> = Vec::new();
-    loop {
-        let waits = |from: usize, to: usize| {
-            let node = &nodes[from];
-            if node.references.is_empty() || again.contains(&from) {
-                node.inputs.iter().any(|(at, _)| *at as usize == to)
-            } else {
-                node.references.iter().any(|at| *at as usize == to)
-            }
-        };
-        let open = |at: &usize| nodes[*at].stage != Stage::Succeeded;
-        let mut left: Vec<usize> = (0..nodes.len()).filter(open).collect();
-        // Whoever waits for nobody, or is waited for by nobody, is on no circle.
-        loop {
-            let on = |at: &usize| {
-                left.iter().any(|to| waits(*at, *to)) && left.iter().any(|from| waits(*from, *at))
-            };
-            let fewer: Vec<usize> = left.iter().copied().filter(on).collect();
-            if fewer.len() == left.len() {
-                break;
-            }
-            left = fewer;
-        }
-        left.retain(|at| !nodes[*at].references.is_empty() && !again.contains(at));
-        if left.is_empty() {
-            return again;
-        }
-        again.extend(left);
     }
 }

@@ -252,13 +252,13 @@ impl Oracle {
         Ok(())
     }
 
-    /// What a new child of a node may wait for: children that exist already, and terminal nodes.
+    /// What a new child of a node may wait for: children that exist already, and nodes that have a value.
     pub(in crate::broker::tests) fn existing(&self, run: usize, parent: usize) -> Vec<u32> {
         let run = &self.runs[run];
-        let terminal = |at: &u32| run.nodes[*at as usize].stage.terminal();
+        let succeeded = |at: &u32| run.nodes[*at as usize].stage == Stage::Succeeded;
         let children = run.nodes.get(parent).map_or(&[][..], |node| &node.children);
         (0..run.nodes.len() as u32)
-            .filter(|at| children.contains(at) || terminal(at))
+            .filter(|at| children.contains(at) || succeeded(at))
             .collect()
     }
 

@@ -260,11 +260,15 @@ impl Schedule {
         })
     }
 
-    /// Children of that node that exist already, and terminal nodes: what a new child may wait for.
-    pub(super) fn may_wait_for(&self, node: NodeKey) -> Vec<u32> {
+    /// Children of that node that exist already, and nodes with a value: what a new child may wait for; sometimes any node.
+    pub(super) fn may_wait_for(&mut self, node: NodeKey) -> Vec<u32> {
         let Some(run) = self.oracle.run(node.run) else {
             return Vec::new();
         };
+        if self.rng.chance(3) {
+            self.fault("foreign reference");
+            return (0..self.oracle.runs[run].nodes.len() as u32).collect();
+        }
         self.oracle.existing(run, node.node.0 as usize)
     }
 
