@@ -262,7 +262,7 @@ pub async fn explain(connection: &Connection, run: &str, node: Option<u32>, limi
     }
     let reasons = answer["reasons"].as_array().cloned().unwrap_or_default();
     if reasons.is_empty() {
-        say("every node has ended");
+        say("nothing waits: every node runs or has ended");
     }
     for reason in reasons {
         say(format!("{:>6}  {}  {}: {}", text(&reason["node"]), text(&reason["action"]), text(&reason["reason"]), text(&reason["text"])));
