@@ -468,7 +468,13 @@ impl Link {
                     drop(state);
                     info!(%error, "a FINISH was refused as a whole");
                     let items = codec::decode_finish(sent.slice(frame::HEADER_BYTES..))?;
-                    push.refused(self, items.into_iter().map(|item| (item, error.clone())).collect());
+                    push.refused(
+                        self,
+                        items
+                            .into_iter()
+                            .map(|item| (item, error.clone()))
+                            .collect(),
+                    );
                 }
             }
             return Ok(());
@@ -492,10 +498,13 @@ impl Link {
                 // Four bytes of zero are what nearly every answer says.
                 if frame.body[..] != [0; 4] {
                     let items = codec::decode_finish(sent.slice(frame::HEADER_BYTES..))?;
-                    let refused = codec::decode_refusals(frame.body)?.into_iter().filter_map(|refusal| {
-                        let item = items.get(refusal.position as usize)?;
-                        Some((item.clone(), no(&refusal.reason)))
-                    });
+                    let refused =
+                        codec::decode_refusals(frame.body)?
+                            .into_iter()
+                            .filter_map(|refusal| {
+                                let item = items.get(refusal.position as usize)?;
+                                Some((item.clone(), no(&refusal.reason)))
+                            });
                     push.refused(self, refused.collect());
                 }
             }

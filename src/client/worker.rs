@@ -26,7 +26,14 @@ use crate::edge::native::frame::{Frame, VERSION, Verb};
 use crate::edge::native::json::{self, Hello, Kind, Welcome};
 
 /// Refusals after which there is nothing left to end.
-const LEASE_IS_OVER: [&str; 6] = ["LEASE_EXPIRED", "LEASE_REVOKED", "LEASE_UNKNOWN", "COMPLETION_CONFLICT", "UNKNOWN_RUN", "UNKNOWN_NODE"];
+const LEASE_IS_OVER: [&str; 6] = [
+    "LEASE_EXPIRED",
+    "LEASE_REVOKED",
+    "LEASE_UNKNOWN",
+    "COMPLETION_CONFLICT",
+    "UNKNOWN_RUN",
+    "UNKNOWN_NODE",
+];
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 type Plain = dyn Fn(&mut Call) -> Result<Returned, Failure> + Send + Sync;
@@ -427,7 +434,9 @@ impl Push for Running {
         self.shared.counters.refused.fetch_add(n, Ordering::Relaxed);
         for (finish, error) in refused {
             debug!(run = finish.run, node = finish.node, %error, "a completion was refused");
-            let lease_is_over = error.code().is_none_or(|code| LEASE_IS_OVER.contains(&code));
+            let lease_is_over = error
+                .code()
+                .is_none_or(|code| LEASE_IS_OVER.contains(&code));
             if !lease_is_over && matches!(finish.end, End::Value | End::Structure | End::Tail) {
                 self.batch.add(&failed_instead(&finish, &error));
             }
