@@ -413,7 +413,8 @@ impl Inbound {
                             receipts[i] = Some(Receipt::DeadLettered);
                         } else {
                             again.push(i);
-                            refused = Some(no);
+                            // The first one is the reason: those behind it in its partition wait for it.
+                            refused.get_or_insert(no);
                         }
                     }
                 }
