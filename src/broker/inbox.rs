@@ -100,11 +100,7 @@ impl Broker {
         replies
     }
 
-    fn on_submit(
-        &mut self,
-        tx: &mut Tx,
-        submission: Submission,
-    ) -> Result<Submitted, Rejection> {
+    fn on_submit(&mut self, tx: &mut Tx, submission: Submission) -> Result<Submitted, Rejection> {
         let world = &mut self.world;
         if let Some(origin) = &submission.origin
             && let Some(repeated) = world.check_origin(origin)?

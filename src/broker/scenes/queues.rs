@@ -326,11 +326,7 @@ fn a_message_behind_a_refused_one_of_its_partition_is_not_taken() {
         .collect();
     assert_eq!(
         codes,
-        [
-            Some(Code::SubmissionConflict),
-            Some(Code::Overloaded),
-            None
-        ]
+        [Some(Code::SubmissionConflict), Some(Code::Overloaded), None]
     );
     // The refused one still has its place, so whoever begins anew after a crash finds it.
     assert!(!scene.submit(message("p", 1, 10, 1)).unwrap().existing);
