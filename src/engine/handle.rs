@@ -203,7 +203,7 @@ impl Handle {
     /// some minutes: enough for a command that follows at once, not for one that is refused and offered again for long.
     #[must_use]
     pub fn keep_payloads(&self) -> Box<dyn Send + Sync> {
-        Arc::clone(&self.0.payloads).pin()
+        Arc::clone(&self.0.payloads).keep()
     }
 
     /// What the session will be told. Register before [`Command::Attach`]. A second registration closes the first channel; the end of

@@ -219,7 +219,7 @@ pub trait PayloadWriter: Send + Sync {
     /// Makes the bytes durable and says where they are. Blocking; calls at the same time share a sync.
     fn write(&self, bytes: Bytes) -> Result<PayloadRef, StorageError>;
     /// Keeps what was written, named by a command or not, while the answer lives: for whoever must wait with a command for long.
-    fn pin(self: std::sync::Arc<Self>) -> Box<dyn Send + Sync> {
+    fn keep(self: std::sync::Arc<Self>) -> Box<dyn Send + Sync> {
         Box::new(())
     }
 }

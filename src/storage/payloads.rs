@@ -366,8 +366,8 @@ impl PayloadWriter for Payloads {
         })
     }
 
-    fn pin(self: Arc<Self>) -> Box<dyn Send + Sync> {
-        Box::new(Payloads::pin(&self))
+    fn keep(self: Arc<Self>) -> Box<dyn Send + std::marker::Sync> {
+        Box::new(self.pin())
     }
 }
 
