@@ -145,6 +145,7 @@ class Executor:
         self._began = 0.0  # when the present call did
         self._running: set[Key] = set()
         self._stopped: set[Key] = set()  # those of them that were revoked
+        self._given_back: set[Key] = set()  # released at the last greeting: leases of them may still be on their way
         self._working = threading.Event()
         self._runner: asyncio.Runner | None = None
         self._journal: Journal | None = None
@@ -248,7 +249,8 @@ class Executor:
             self._write(self._define())
         for request, items in repeated:
             self._send(FINISH_VERB, U32.pack(len(items)) + b"".join(items), request)
-        unknown = [FINISH.pack(*key, bytes(16), RELEASED, JSON, 0, 0, 0, 0) for key in sorted(held - known)]
+        self._given_back = held - known
+        unknown = [FINISH.pack(*key, bytes(16), RELEASED, JSON, 0, 0, 0, 0) for key in sorted(self._given_back)]
         for i in range(0, len(unknown), PER_FRAME):
             self._write(self._finish(unknown[i : i + PER_FRAME]))
 
@@ -425,6 +427,8 @@ class Executor:
             inline = None
             if n_inline:
                 inline, at = read_items(body, at, n_inline)
+            if self._given_back and (run, node, attempt) in self._given_back:
+                continue
             lease: Lease = (head, run, salt, node, attempt, token, spec, codec, ranges, arguments, inline)
             if not batch:
                 queue.append(lease)
