@@ -224,14 +224,14 @@ impl Witness for OnDisk {
 
 #[test]
 fn a_broker_comes_back_from_memory_as_it_was() {
-    let tally = play(200, |seed| Some(Box::new(InMemory::new(seed))));
+    let tally = play(100, |seed| Some(Box::new(InMemory::new(seed))));
     println!("{tally:?}");
 }
 
 #[test]
 fn a_broker_comes_back_from_disk_as_it_was_and_verify_agrees() {
     let counts = Rc::new(Counts::default());
-    let tally = play(40, |seed| {
+    let tally = play(20, |seed| {
         Some(Box::new(OnDisk::new(seed, Rc::clone(&counts))))
     });
     println!("{tally:?} {counts:?}");
