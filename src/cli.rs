@@ -6,13 +6,19 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// A durable broker for dynamic task graphs, beside the queues people already run.
 #[derive(Debug, Parser)]
-#[command(name = "dagorama", version, about, propagate_version = true, after_help = "\
+#[command(
+    name = "dagorama",
+    version,
+    about,
+    propagate_version = true,
+    after_help = "\
 Examples:
   dagorama demo                         see all of it in one command, with a SIGKILL half-way
   dagorama serve                        start the broker: data in ./dagorama-data, loopback only
   dagorama worker my_module             run the actions of a Python module
   dagorama submit my_module.site '[[\"https://…\"]]'
-  dagorama explain 1f-9c2e…             why does it not run?")]
+  dagorama explain 1f-9c2e…             why does it not run?"
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -23,7 +29,11 @@ pub struct Cli {
 #[derive(Debug, Clone, Args)]
 pub struct Connection {
     /// Where the broker is: dagorama://HOST:PORT or dagorama+unix:///PATH.
-    #[arg(long, env = "DAGORAMA_URL", default_value = "dagorama://127.0.0.1:7373")]
+    #[arg(
+        long,
+        env = "DAGORAMA_URL",
+        default_value = "dagorama://127.0.0.1:7373"
+    )]
     pub url: String,
     /// Its token; by default the one that `serve` left for this user.
     #[arg(long, env = "DAGORAMA_TOKEN", hide_env_values = true)]
@@ -37,13 +47,19 @@ pub struct Connection {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start the broker. Without any option it just works: ./dagorama-data, loopback only.
-    #[command(after_help = "Examples:\n  dagorama serve\n  dagorama serve --config config/sidecar-file.toml\n  dagorama serve --listen unix:/run/dagorama.sock --data-dir /var/lib/dagorama")]
+    #[command(
+        after_help = "Examples:\n  dagorama serve\n  dagorama serve --config config/sidecar-file.toml\n  dagorama serve --listen unix:/run/dagorama.sock --data-dir /var/lib/dagorama"
+    )]
     Serve(Serve),
     /// Run the actions of Python modules (starts the Python package of this environment).
-    #[command(after_help = "Examples:\n  dagorama worker my_module\n  dagorama worker shop.tasks --queue gpu --tolerate gpu --concurrency 2")]
+    #[command(
+        after_help = "Examples:\n  dagorama worker my_module\n  dagorama worker shop.tasks --queue gpu --tolerate gpu --concurrency 2"
+    )]
     Worker(Worker),
     /// Start a run by the name of its action.
-    #[command(after_help = "Examples:\n  dagorama submit my_module.add '[1, 2]'\n  dagorama submit my_module.site '[[\"https://…\"]]' --key monday --wait")]
+    #[command(
+        after_help = "Examples:\n  dagorama submit my_module.add '[1, 2]'\n  dagorama submit my_module.site '[[\"https://…\"]]' --key monday --wait"
+    )]
     Submit(Submit),
     /// List runs, newest first.
     Runs {
@@ -136,7 +152,9 @@ pub enum Command {
     /// Measure this broker on this machine; one JSON line per workload with --json.
     Bench(Bench),
     /// The whole story in one command: crawl real pages, compare them all, kill the broker half-way, check the answer.
-    #[command(after_help = "Examples:\n  dagorama demo\n  dagorama demo --json --seed 7\n  dagorama demo --tamper lose        the checker must say no")]
+    #[command(
+        after_help = "Examples:\n  dagorama demo\n  dagorama demo --json --seed 7\n  dagorama demo --tamper lose        the checker must say no"
+    )]
     Demo(Demo),
     /// Look after messages that could not become runs.
     Dlq {

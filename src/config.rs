@@ -22,7 +22,10 @@ pub use routes::{
     ArgumentPaths, Connection, Dedup, OnError, Output, OutputCodec, OutputMatch, OutputState,
     OutputTo, Route, RouteCodec, RouteFrom,
 };
-pub use token::{new_token, read as read_token, read_or_create as token, state_dir, token_file, write as write_token};
+pub use token::{
+    new_token, read as read_token, read_or_create as token, state_dir, token_file,
+    write as write_token,
+};
 pub use units::{Listen, Period, Size};
 
 /// Everything that can be configured.

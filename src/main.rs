@@ -13,12 +13,21 @@ fn main() -> ExitCode {
         Err(error) => {
             // Help and version are no errors; everything else is wrong usage.
             drop(error.print());
-            return ExitCode::from(if error.use_stderr() { dagorama::error::exit::USAGE } else { 0 });
+            return ExitCode::from(if error.use_stderr() {
+                dagorama::error::exit::USAGE
+            } else {
+                0
+            });
         }
     };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
-        Err(error) => return Failed::new("IO_ERROR", format!("cannot start threads: {error}")).report(),
+        Err(error) => {
+            return Failed::new("IO_ERROR", format!("cannot start threads: {error}")).report();
+        }
     };
     let outcome = runtime.block_on(run(cli));
     // Reads of standard input cannot be cancelled; nothing else is left by now.
@@ -27,17 +36,43 @@ fn main() -> ExitCode {
 }
 
 async fn run(cli: Cli) -> Outcomes {
-    telemetry::start(if matches!(cli.command, Command::Serve(_)) { "info" } else { "warn" });
+    telemetry::start(if matches!(cli.command, Command::Serve(_)) {
+        "info"
+    } else {
+        "warn"
+    });
     match cli.command {
         Command::Serve(options) => serve(&options).await,
         Command::Worker(options) => Err(commands::worker(&options)),
         Command::Submit(options) => commands::submit(options).await,
-        Command::Runs { connection, state, tag, limit } => commands::runs(&connection, state.as_deref(), tag.as_deref(), limit).await,
-        Command::Show { connection, run, events } => commands::show(&connection, &run, events).await,
-        Command::Result { connection, run, timeout } => commands::result(&connection, &run, timeout).await,
-        Command::Cancel { connection, run, reason } => commands::cancel(&connection, &run, &reason).await,
+        Command::Runs {
+            connection,
+            state,
+            tag,
+            limit,
+        } => commands::runs(&connection, state.as_deref(), tag.as_deref(), limit).await,
+        Command::Show {
+            connection,
+            run,
+            events,
+        } => commands::show(&connection, &run, events).await,
+        Command::Result {
+            connection,
+            run,
+            timeout,
+        } => commands::result(&connection, &run, timeout).await,
+        Command::Cancel {
+            connection,
+            run,
+            reason,
+        } => commands::cancel(&connection, &run, &reason).await,
         Command::Retry { connection, run } => commands::retry(&connection, &run).await,
-        Command::Explain { connection, run, node, limit } => commands::explain(&connection, &run, node, limit).await,
+        Command::Explain {
+            connection,
+            run,
+            node,
+            limit,
+        } => commands::explain(&connection, &run, node, limit).await,
         Command::Verify { store, json, deep } => Ok(dagorama::verify::run(&store, json, deep)),
         Command::Config { what } => commands::config(&what),
         Command::Bench(options) => Ok(bench::run(options).await),
@@ -50,9 +85,15 @@ async fn run(cli: Cli) -> Outcomes {
 
 async fn serve(options: &dagorama::cli::Serve) -> Outcomes {
     let failed = |error: &server::ServeError| Failed::new(error.code(), chain(error));
-    let config = server::configure(options).map_err(|error| Failed::new(error.code(), error.to_string()))?;
-    let serving = server::start(config, options.ready_stdout).await.map_err(|error| failed(&error))?;
-    serving.until_stopped().await.map_err(|error| failed(&error))?;
+    let config =
+        server::configure(options).map_err(|error| Failed::new(error.code(), error.to_string()))?;
+    let serving = server::start(config, options.ready_stdout)
+        .await
+        .map_err(|error| failed(&error))?;
+    serving
+        .until_stopped()
+        .await
+        .map_err(|error| failed(&error))?;
     Ok(ExitCode::SUCCESS)
 }
 

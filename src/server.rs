@@ -54,7 +54,9 @@ impl ServeError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Config(error) => error.code(),
-            Self::Storage(error) | Self::Start(StartError::Storage(error)) => crate::error::code_of_storage(error),
+            Self::Storage(error) | Self::Start(StartError::Storage(error)) => {
+                crate::error::code_of_storage(error)
+            }
             Self::Start(_) => "STORE_CORRUPT",
             Self::PortInUse { .. } => "PORT_IN_USE",
             Self::Io { .. } => "IO_ERROR",
@@ -66,16 +68,30 @@ impl ServeError {
 pub fn configure(options: &cli::Serve) -> Result<Config, ConfigError> {
     let mut changes = Vec::new();
     if let Some(path) = &options.data_dir {
-        changes.push(Override::new("server.data_dir", path.to_string_lossy(), "--data-dir"));
+        changes.push(Override::new(
+            "server.data_dir",
+            path.to_string_lossy(),
+            "--data-dir",
+        ));
     }
     if let Some(listen) = &options.listen {
         changes.push(Override::new("server.listen", listen, "--listen"));
     }
     if options.insecure_listen {
-        changes.push(Override::new("server.insecure_listen", "true", "--insecure-listen"));
+        changes.push(Override::new(
+            "server.insecure_listen",
+            "true",
+            "--insecure-listen",
+        ));
     }
     if let Some(lease) = options.lease {
-        changes.push(Override::new("leases.lease", humantime::format_duration(lease).to_string().replace(' ', ""), "--lease"));
+        changes.push(Override::new(
+            "leases.lease",
+            humantime::format_duration(lease)
+                .to_string()
+                .replace(' ', ""),
+            "--lease",
+        ));
     }
     Config::load(options.config.as_deref(), std::env::vars(), &changes)
 }
@@ -111,7 +127,10 @@ pub struct Serving {
 }
 
 /// Starts everything. With `ready_stdout`, says so in one JSON line.
-#[expect(clippy::print_stdout, reason = "the ready line is what --ready-stdout asks for")]
+#[expect(
+    clippy::print_stdout,
+    reason = "the ready line is what --ready-stdout asks for"
+)]
 pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeError> {
     let watch = Stopwatch::start();
     if !config.server.listen.is_local() {
@@ -140,7 +159,10 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
         let (handle, thread, loaded) = engine::spawn(store, options)?;
         Ok((handle, thread, loaded, gauges))
     });
-    let (handle, thread, loaded, gauges) = opened.await.map_err(|source| ServeError::Io { what: "opening the store".to_owned(), source: io::Error::other(source) })??;
+    let (handle, thread, loaded, gauges) = opened.await.map_err(|source| ServeError::Io {
+        what: "opening the store".to_owned(),
+        source: io::Error::other(source),
+    })??;
     let bridges = Arc::new(Bridges::start(&handle, &config));
     let address = match &config.server.listen {
         Listen::Tcp(address) => Address::Tcp(*address),
@@ -151,10 +173,18 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
         connections_per_peer: config.limits.max_connections_per_peer,
         ..native::Limits::default()
     };
-    let extensions = Arc::new(Rest { bridges: Arc::clone(&bridges), gauges });
+    let extensions = Arc::new(Rest {
+        bridges: Arc::clone(&bridges),
+        gauges,
+    });
     let started = native::serve(
         handle.clone(),
-        NativeOptions { address: address.clone(), token: Some(Arc::clone(&token)), limits, extensions },
+        NativeOptions {
+            address: address.clone(),
+            token: Some(Arc::clone(&token)),
+            limits,
+            extensions,
+        },
     )
     .await;
     let native = match started {
@@ -163,9 +193,15 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
             thread.stop();
             drop(tokio::task::spawn_blocking(move || thread.join()).await);
             return Err(if source.kind() == io::ErrorKind::AddrInUse {
-                ServeError::PortInUse { address: address.to_string(), by: owner_of(&address) }
+                ServeError::PortInUse {
+                    address: address.to_string(),
+                    by: owner_of(&address),
+                }
             } else {
-                ServeError::Io { what: format!("cannot listen on {address}"), source }
+                ServeError::Io {
+                    what: format!("cannot listen on {address}"),
+                    source,
+                }
             });
         }
     };
@@ -174,7 +210,13 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
         leave_token(native.local_address(), &token);
     }
     let seconds = watch.elapsed_ms() as f64 / 1000.0;
-    info!(url, from_sled = loaded.from_sled, from_log = loaded.from_log, seconds, "serving");
+    info!(
+        url,
+        from_sled = loaded.from_sled,
+        from_log = loaded.from_log,
+        seconds,
+        "serving"
+    );
     if ready_stdout {
         println!(
             "{}",
@@ -188,7 +230,13 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
             loaded.from_sled + loaded.from_log
         );
     }
-    Ok(Serving { url, handle, thread, native, bridges })
+    Ok(Serving {
+        url,
+        handle,
+        thread,
+        native,
+        bridges,
+    })
 }
 
 impl Serving {
@@ -211,13 +259,21 @@ impl Serving {
         self.thread.stop();
         match tokio::task::spawn_blocking(move || self.thread.join()).await {
             Ok(result) => Ok(result?),
-            Err(source) => Err(ServeError::Io { what: "the engine".to_owned(), source: io::Error::other(source) }),
+            Err(source) => Err(ServeError::Io {
+                what: "the engine".to_owned(),
+                source: io::Error::other(source),
+            }),
         }
     }
 }
 
-fn signal(kind: tokio::signal::unix::SignalKind) -> Result<tokio::signal::unix::Signal, ServeError> {
-    tokio::signal::unix::signal(kind).map_err(|source| ServeError::Io { what: "cannot listen for signals".to_owned(), source })
+fn signal(
+    kind: tokio::signal::unix::SignalKind,
+) -> Result<tokio::signal::unix::Signal, ServeError> {
+    tokio::signal::unix::signal(kind).map_err(|source| ServeError::Io {
+        what: "cannot listen for signals".to_owned(),
+        source,
+    })
 }
 
 /// Whether clients have a file to read the token from.
@@ -230,22 +286,33 @@ enum TokenPlace {
 }
 
 fn token(config: &Config) -> Result<(Arc<str>, TokenPlace), ServeError> {
-    if let Some(token) = std::env::var("DAGORAMA_TOKEN").ok().filter(|token| !token.is_empty()) {
+    if let Some(token) = std::env::var("DAGORAMA_TOKEN")
+        .ok()
+        .filter(|token| !token.is_empty())
+    {
         return Ok((token.into(), TokenPlace::Known));
     }
     let any_port = matches!(&config.server.listen, Listen::Tcp(address) if address.port() == 0);
     if any_port && config.server.token_file.is_none() {
-        let token = config::new_token().map_err(|source| ServeError::Io { what: "cannot make a token".to_owned(), source })?;
+        let token = config::new_token().map_err(|source| ServeError::Io {
+            what: "cannot make a token".to_owned(),
+            source,
+        })?;
         return Ok((token, TokenPlace::AfterBinding));
     }
     let path = config.token_path();
-    let token = config::token(&path).map_err(|source| ServeError::Io { what: format!("token file {}", path.display()), source })?;
+    let token = config::token(&path).map_err(|source| ServeError::Io {
+        what: format!("token file {}", path.display()),
+        source,
+    })?;
     Ok((token, TokenPlace::Known))
 }
 
 /// Leaves the token where this user's clients look, for a port that was not known before.
 fn leave_token(address: &Address, token: &str) {
-    let Address::Tcp(address) = address else { return };
+    let Address::Tcp(address) = address else {
+        return;
+    };
     let path = config::token_file(&Listen::Tcp(*address));
     if let Err(error) = config::write_token(&path, token) {
         warn!(path = %path.display(), %error, "could not leave the token for clients: give them DAGORAMA_TOKEN");
@@ -277,21 +344,37 @@ impl native::Extensions for Rest {
 
 /// Which process listens on a TCP address of this machine, from /proc; empty when that cannot be told.
 fn owner_of(address: &Address) -> String {
-    let Address::Tcp(address) = address else { return String::new() };
+    let Address::Tcp(address) = address else {
+        return String::new();
+    };
     let port = format!(":{:04X} ", address.port());
-    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|path| std::fs::read_to_string(path).unwrap_or_default());
-    let inode = tables.iter().flat_map(|table| table.lines()).find_map(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let listening = fields.get(3) == Some(&"0A") && format!("{} ", fields.get(1)?).ends_with(&port);
-        listening.then(|| fields.get(9).map(|inode| format!("socket:[{inode}]"))).flatten()
-    });
-    let Some(inode) = inode else { return String::new() };
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"]
+        .map(|path| std::fs::read_to_string(path).unwrap_or_default());
+    let inode = tables
+        .iter()
+        .flat_map(|table| table.lines())
+        .find_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let listening =
+                fields.get(3) == Some(&"0A") && format!("{} ", fields.get(1)?).ends_with(&port);
+            listening
+                .then(|| fields.get(9).map(|inode| format!("socket:[{inode}]")))
+                .flatten()
+        });
+    let Some(inode) = inode else {
+        return String::new();
+    };
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     for process in processes {
         let pid = process.file_name().to_string_lossy().into_owned();
-        let descriptors = std::fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
+        let descriptors = std::fs::read_dir(process.path().join("fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
         for descriptor in descriptors {
-            if std::fs::read_link(descriptor.path()).is_ok_and(|target| target.to_string_lossy() == inode) {
+            if std::fs::read_link(descriptor.path())
+                .is_ok_and(|target| target.to_string_lossy() == inode)
+            {
                 let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
                 return format!(" by process {pid} ({})", name.trim());
             }

@@ -17,9 +17,23 @@ const USAGE: u8 = 3;
 /// Runs the check. Exit 0 sound, 1 an invariant is broken, 2 unreadable, 3 usage.
 pub fn run(store: &Path, as_json: bool, deep: bool) -> ExitCode {
     if !store.is_dir() {
-        return tell(as_json, USAGE, "INVALID_REQUEST", &format!("{} is no directory: name the data directory of a broker", store.display()));
+        return tell(
+            as_json,
+            USAGE,
+            "INVALID_REQUEST",
+            &format!(
+                "{} is no directory: name the data directory of a broker",
+                store.display()
+            ),
+        );
     }
-    match verify(store, &VerifyOptions { deep, scratch: None }) {
+    match verify(
+        store,
+        &VerifyOptions {
+            deep,
+            scratch: None,
+        },
+    ) {
         Ok(report) => {
             if as_json {
                 say(document(&report));
@@ -34,8 +48,15 @@ pub fn run(store: &Path, as_json: bool, deep: bool) -> ExitCode {
                 BROKEN
             })
         }
-        Err(error @ StorageError::Locked { .. }) => tell(as_json, USAGE, "STORE_LOCKED", &error.to_string()),
-        Err(error) => tell(as_json, UNREADABLE, crate::error::code_of_storage(&error), &error.to_string()),
+        Err(error @ StorageError::Locked { .. }) => {
+            tell(as_json, USAGE, "STORE_LOCKED", &error.to_string())
+        }
+        Err(error) => tell(
+            as_json,
+            UNREADABLE,
+            crate::error::code_of_storage(&error),
+            &error.to_string(),
+        ),
     }
 }
 
@@ -60,8 +81,16 @@ fn document(report: &VerifyReport) -> Value {
         })
         .collect();
     let totals = &report.totals;
-    let tables: serde_json::Map<String, Value> =
-        totals.tables.iter().map(|(name, count)| (name.clone(), json!({"pages": count.pages, "bytes": count.bytes, "rows": count.rows}))).collect();
+    let tables: serde_json::Map<String, Value> = totals
+        .tables
+        .iter()
+        .map(|(name, count)| {
+            (
+                name.clone(),
+                json!({"pages": count.pages, "bytes": count.bytes, "rows": count.rows}),
+            )
+        })
+        .collect();
     json!({
         "sound": report.is_sound(), "store": hex(&report.store_id), "format": report.format, "sequence": report.sequence, "violations": report.violations(),
         "unreadable": report.unreadable, "invariants": invariants,
@@ -74,14 +103,22 @@ fn document(report: &VerifyReport) -> Value {
 }
 
 fn print(report: &VerifyReport) {
-    say(format!("store {} (format {}), up to entry {}", hex(&report.store_id), report.format, report.sequence));
+    say(format!(
+        "store {} (format {}), up to entry {}",
+        hex(&report.store_id),
+        report.format,
+        report.sequence
+    ));
     for found in &report.invariants {
         let verdict = match (found.violations, found.was_skipped()) {
             (0, false) => "holds".to_owned(),
             (0, true) => "NOT CHECKED although there is something to check".to_owned(),
             (n, _) => format!("BROKEN {n} times"),
         };
-        say(format!("{:>4}  {verdict:<8}  {:>9} checked  {}", found.id, found.checked, found.text));
+        say(format!(
+            "{:>4}  {verdict:<8}  {:>9} checked  {}",
+            found.id, found.checked, found.text
+        ));
         for key in &found.first {
             say(format!("        {key}"));
         }
@@ -92,7 +129,18 @@ fn print(report: &VerifyReport) {
     let totals = &report.totals;
     say(format!(
         "{} open and {} ended runs, {} nodes, {} events, {} payloads of {} bytes; {} log entries; {} bytes were copied to look at",
-        totals.open_runs, totals.ended_runs, totals.nodes, totals.events, totals.payloads, totals.payload_bytes, totals.log_entries, totals.copied_bytes
+        totals.open_runs,
+        totals.ended_runs,
+        totals.nodes,
+        totals.events,
+        totals.payloads,
+        totals.payload_bytes,
+        totals.log_entries,
+        totals.copied_bytes
     ));
-    say(if report.is_sound() { "sound" } else { "NOT SOUND: keep the directory as it is, and restore a backup or ask" });
+    say(if report.is_sound() {
+        "sound"
+    } else {
+        "NOT SOUND: keep the directory as it is, and restore a backup or ask"
+    });
 }

@@ -35,9 +35,16 @@ pub async fn run(options: Bench) -> ExitCode {
         }
     };
     if !options.json {
-        eprintln!("{} on {}: {} fdatasyncs/s of 4 KiB by the disk alone (p50 {} µs)", disk.directory, disk.file_system, disk.syncs_per_second, disk.sync_p50_us);
+        eprintln!(
+            "{} on {}: {} fdatasyncs/s of 4 KiB by the disk alone (p50 {} µs)",
+            disk.directory, disk.file_system, disk.syncs_per_second, disk.sync_p50_us
+        );
     }
-    let chosen = if options.workloads.is_empty() { ALL.to_vec() } else { options.workloads.clone() };
+    let chosen = if options.workloads.is_empty() {
+        ALL.to_vec()
+    } else {
+        options.workloads.clone()
+    };
     let mut code = ExitCode::SUCCESS;
     for workload in chosen {
         match workloads::measure(workload, &options).await {
@@ -45,8 +52,16 @@ pub async fn run(options: Bench) -> ExitCode {
                 report["file_system"] = json!(disk.file_system);
                 report["disk_syncs_per_second"] = json!(disk.syncs_per_second);
                 report["disk_sync_p50_us"] = json!(disk.sync_p50_us);
-                report["profile"] = json!(if cfg!(debug_assertions) { "debug assertions: not to be quoted" } else { "release" });
-                if options.json { say(&report) } else { say(line(&report)) }
+                report["profile"] = json!(if cfg!(debug_assertions) {
+                    "debug assertions: not to be quoted"
+                } else {
+                    "release"
+                });
+                if options.json {
+                    say(&report)
+                } else {
+                    say(line(&report))
+                }
             }
             Err(error) => {
                 eprintln!("dagorama bench: {workload:?}: {error}");
@@ -62,8 +77,21 @@ fn line(report: &Value) -> String {
         .as_object()
         .into_iter()
         .flatten()
-        .filter(|(name, _)| !["workload", "file_system", "disk_syncs_per_second", "disk_sync_p50_us", "profile"].contains(&name.as_str()))
+        .filter(|(name, _)| {
+            ![
+                "workload",
+                "file_system",
+                "disk_syncs_per_second",
+                "disk_sync_p50_us",
+                "profile",
+            ]
+            .contains(&name.as_str())
+        })
         .map(|(name, value)| format!("{name} {value}"))
         .collect();
-    format!("{}: {}", report["workload"].as_str().unwrap_or_default(), fields.join(", "))
+    format!(
+        "{}: {}",
+        report["workload"].as_str().unwrap_or_default(),
+        fields.join(", ")
+    )
 }

@@ -20,8 +20,14 @@ const WIDTH: u32 = 10_000;
 /// Runs one workload.
 pub(super) async fn measure(workload: Workload, options: &Bench) -> io::Result<Value> {
     let broker = Broker::fresh(&options.data_dir).await?;
-    let client = Client::connect(&broker.url, Some(&broker.token)).await.map_err(io::Error::other)?;
-    let bench = Run { broker, client, options };
+    let client = Client::connect(&broker.url, Some(&broker.token))
+        .await
+        .map_err(io::Error::other)?;
+    let bench = Run {
+        broker,
+        client,
+        options,
+    };
     let mut bench = bench;
     let before = bench.status().await?;
     let mut report = match workload {
@@ -37,7 +43,12 @@ pub(super) async fn measure(workload: Workload, options: &Bench) -> io::Result<V
     };
     let after = bench.status().await?;
     for (name, field) in [("log_syncs", "syncs"), ("sled_syncs", "sled_syncs")] {
-        report[name] = json!(after[field].as_u64().unwrap_or_default().saturating_sub(before[field].as_u64().unwrap_or_default()));
+        report[name] = json!(
+            after[field]
+                .as_u64()
+                .unwrap_or_default()
+                .saturating_sub(before[field].as_u64().unwrap_or_default())
+        );
     }
     report["broker_cpu_ms"] = json!(bench.broker.cpu_ms());
     report["broker_rss"] = json!(bench.broker.rss());
@@ -59,7 +70,14 @@ impl RustWorker {
 }
 
 fn specs() -> [Arc<Spec>; 5] {
-    ["bench.fan", "bench.leaf", "bench.join", "bench.hop", "bench.gate"].map(spec)
+    [
+        "bench.fan",
+        "bench.leaf",
+        "bench.join",
+        "bench.hop",
+        "bench.gate",
+    ]
+    .map(spec)
 }
 
 /// Starts a worker that has every action of the benches. Times at which hops began go to `hops`.
@@ -76,29 +94,50 @@ fn rust_worker(broker: &Broker, hops: &Arc<Mutex<Vec<Duration>>>) -> RustWorker 
             let width: u32 = call.arguments().to_json()?;
             let mut promises = Vec::with_capacity(width as usize);
             for i in 0..width {
-                promises.push(call.child(leaf, Data::raw(i.to_le_bytes().to_vec()), []).value());
+                promises.push(
+                    call.child(leaf, Data::raw(i.to_le_bytes().to_vec()), [])
+                        .value(),
+                );
             }
-            Ok(Returned::Tail(call.child(join, Data::raw(&b""[..]), promises)))
+            Ok(Returned::Tail(call.child(
+                join,
+                Data::raw(&b""[..]),
+                promises,
+            )))
         })
         .plain(&leaf, |call| Ok(Returned::Value(call.arguments())))
         .action(&join, |mut call| async move {
-            let n = call.load_inputs().await?.iter().filter(|input| input.is_success()).count();
+            let n = call
+                .load_inputs()
+                .await?
+                .iter()
+                .filter(|input| input.is_success())
+                .count();
             Ok(Returned::json(&n))
         })
         .plain(&hop, move |call| {
             let left: u32 = call.arguments().to_json()?;
-            hops.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(watch.elapsed());
+            hops.lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .push(watch.elapsed());
             if left == 0 {
                 return Ok(Returned::json(&0));
             }
-            Ok(Returned::Tail(call.child(&hop_spec, Data::json(&(left - 1)), [])))
+            Ok(Returned::Tail(call.child(
+                &hop_spec,
+                Data::json(&(left - 1)),
+                [],
+            )))
         });
     let task = tokio::spawn(async move {
         if let Err(error) = worker.run(async { drop(stopped.await) }).await {
             eprintln!("dagorama bench: the worker failed: {error}");
         }
     });
-    RustWorker { stop: Some(stop), task }
+    RustWorker {
+        stop: Some(stop),
+        task,
+    }
 }
 
 struct Run<'a> {
@@ -113,11 +152,20 @@ impl Run<'_> {
     }
 
     fn scaled(&self, n: u64) -> u64 {
-        if self.options.quick { (n / 20).max(1) } else { n }
+        if self.options.quick {
+            (n / 20).max(1)
+        } else {
+            n
+        }
     }
 
     async fn value(&self, run: RunId) -> io::Result<Data> {
-        match self.client.wait(run, None).await.map_err(io::Error::other)? {
+        match self
+            .client
+            .wait(run, None)
+            .await
+            .map_err(io::Error::other)?
+        {
             Waited::Ended(outcome) if outcome.is_success() => Ok(outcome.data),
             other => Err(io::Error::other(format!("run {run} came to {other:?}"))),
         }
@@ -126,11 +174,17 @@ impl Run<'_> {
     /// One fan-out of `width` and its join; seconds.
     async fn one_fanout(&self, fan: &Arc<Spec>, arguments: Data, width: u32) -> io::Result<f64> {
         let watch = Stopwatch::start();
-        let run = self.client.submit(Submit::call(fan, arguments)).await.map_err(io::Error::other)?;
+        let run = self
+            .client
+            .submit(Submit::call(fan, arguments))
+            .await
+            .map_err(io::Error::other)?;
         let joined: u32 = self.value(run).await?.to_json().map_err(io::Error::other)?;
         let seconds = watch.elapsed().as_secs_f64();
         if joined != width {
-            return Err(io::Error::other(format!("the join saw {joined} of {width} leaves")));
+            return Err(io::Error::other(format!(
+                "the join saw {joined} of {width} leaves"
+            )));
         }
         Ok(seconds)
     }
@@ -141,16 +195,23 @@ impl Run<'_> {
         self.one_fanout(&fan, Data::json(&WIDTH), WIDTH).await?;
         let mut rates = Vec::new();
         for _ in 0..self.scaled(20).max(5) {
-            rates.push((f64::from(WIDTH) / self.one_fanout(&fan, Data::json(&WIDTH), WIDTH).await?) as u64);
+            rates.push(
+                (f64::from(WIDTH) / self.one_fanout(&fan, Data::json(&WIDTH), WIDTH).await?) as u64,
+            );
         }
         // Log bytes a leaf must not depend on the width.
         let mut bytes_a_leaf = Vec::new();
-        for (width, rounds) in [(1_000u32, 100u64), (100_000, 1)] {
-            let before = self.status().await?["log_position"].as_u64().unwrap_or_default();
+        // One completion takes at most 100,000 children, and the join is one of them.
+        for (width, rounds) in [(1_000u32, 100u64), (99_999, 1)] {
+            let before = self.status().await?["log_position"]
+                .as_u64()
+                .unwrap_or_default();
             for _ in 0..rounds {
                 self.one_fanout(&fan, Data::json(&width), width).await?;
             }
-            let after = self.status().await?["log_position"].as_u64().unwrap_or_default();
+            let after = self.status().await?["log_position"]
+                .as_u64()
+                .unwrap_or_default();
             bytes_a_leaf.push((after - before) as f64 / (f64::from(width) * rounds as f64));
         }
         worker.stop().await;
@@ -163,7 +224,11 @@ impl Run<'_> {
     async fn sustained(&mut self) -> io::Result<Value> {
         let worker = rust_worker(&self.broker, &Arc::default());
         let [fan, ..] = specs();
-        let seconds = if self.options.quick { 3 } else { self.options.seconds };
+        let seconds = if self.options.quick {
+            3
+        } else {
+            self.options.seconds
+        };
         let watch = Stopwatch::start();
         let leaves = AtomicU64::new(0);
         let lane = || async {
@@ -178,7 +243,10 @@ impl Run<'_> {
         let done = leaves.load(Ordering::Relaxed);
         let cpu = self.broker.cpu_ms();
         let at_end = self.status().await?;
-        let lag = at_end["log_position"].as_u64().unwrap_or_default().saturating_sub(at_end["sled_position"].as_u64().unwrap_or_default());
+        let lag = at_end["log_position"]
+            .as_u64()
+            .unwrap_or_default()
+            .saturating_sub(at_end["sled_position"].as_u64().unwrap_or_default());
         let drain = Stopwatch::start();
         while drain.elapsed_ms() < 120_000 {
             let now = self.status().await?;
@@ -197,14 +265,23 @@ impl Run<'_> {
 
     async fn fanout_python(&mut self) -> io::Result<Value> {
         let workers = PythonWorkers::start(&self.broker, &self.options.python, 2)?;
-        let fan = Arc::new(Spec { by_name: true, ..(*spec("bench_actions.fan")).clone() });
+        let fan = Arc::new(Spec {
+            by_name: true,
+            ..(*spec("bench_actions.fan")).clone()
+        });
         let call = Data::json(&json!({"args": [WIDTH], "kwargs": {}}));
         self.one_fanout(&fan, call.clone(), WIDTH).await?;
         let mut rates = Vec::new();
         for _ in 0..self.scaled(20).max(5) {
-            rates.push((f64::from(WIDTH) / self.one_fanout(&fan, call.clone(), WIDTH).await?) as u64);
+            rates.push(
+                (f64::from(WIDTH) / self.one_fanout(&fan, call.clone(), WIDTH).await?) as u64,
+            );
         }
-        let seconds = if self.options.quick { 3 } else { self.options.seconds };
+        let seconds = if self.options.quick {
+            3
+        } else {
+            self.options.seconds
+        };
         let watch = Stopwatch::start();
         let leaves = AtomicU64::new(0);
         let lane = || async {
@@ -229,12 +306,25 @@ impl Run<'_> {
         let [_, _, _, hop, _] = specs();
         let mut micros = Vec::new();
         for round in 0..self.scaled(20).max(3) {
-            hops.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
-            let run = self.client.submit(Submit::call(&hop, Data::json(&500))).await.map_err(io::Error::other)?;
+            hops.lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .clear();
+            let run = self
+                .client
+                .submit(Submit::call(&hop, Data::json(&500)))
+                .await
+                .map_err(io::Error::other)?;
             self.value(run).await?;
-            let times = hops.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+            let times = hops
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .clone();
             if round > 0 {
-                micros.extend(times.windows(2).map(|pair| (pair[1] - pair[0]).as_micros() as u64));
+                micros.extend(
+                    times
+                        .windows(2)
+                        .map(|pair| (pair[1] - pair[0]).as_micros() as u64),
+                );
             }
         }
         worker.stop().await;
@@ -249,20 +339,38 @@ impl Run<'_> {
         let [_, leaf, ..] = specs();
         let n = 1_000usize;
         let diamond = || {
-            let node = |inputs: &[u32]| NewNode::new(&leaf, Data::raw(&b"x"[..]), inputs.iter().map(|at| Promise::New(*at).value()));
-            Submit { key: None, tags: Default::default(), nodes: vec![node(&[]), node(&[0]), node(&[0]), node(&[1, 2])], root: 3 }
+            let node = |inputs: &[u32]| {
+                NewNode::new(
+                    &leaf,
+                    Data::raw(&b"x"[..]),
+                    inputs.iter().map(|at| Promise::New(*at).value()),
+                )
+            };
+            Submit {
+                key: None,
+                tags: Default::default(),
+                nodes: vec![node(&[]), node(&[0]), node(&[0]), node(&[1, 2])],
+                root: 3,
+            }
         };
         let mut rates = Vec::new();
         for round in 0..self.scaled(20).max(4) {
             let watch = Stopwatch::start();
-            let runs = self.client.submit_many((0..n).map(|_| diamond()).collect()).await.map_err(io::Error::other)?;
+            let runs = self
+                .client
+                .submit_many((0..n).map(|_| diamond()).collect())
+                .await
+                .map_err(io::Error::other)?;
             let mut waits = tokio::task::JoinSet::new();
             for run in runs {
                 let (client, run) = (self.client.clone(), run.map_err(io::Error::other)?);
                 waits.spawn(async move { client.wait(run, None).await });
             }
             while let Some(waited) = waits.join_next().await {
-                match waited.map_err(io::Error::other)?.map_err(io::Error::other)? {
+                match waited
+                    .map_err(io::Error::other)?
+                    .map_err(io::Error::other)?
+                {
                     Waited::Ended(outcome) if outcome.is_success() => {}
                     other => return Err(io::Error::other(format!("a diamond came to {other:?}"))),
                 }
@@ -272,7 +380,9 @@ impl Run<'_> {
             }
         }
         worker.stop().await;
-        Ok(json!({"workload": "diamonds", "workers": "1 Rust worker in the bench process", "in_flight": n, "dags_per_second_p50": quantile(&mut rates, 0.5), "min": quantile(&mut rates, 0.0), "max": quantile(&mut rates, 1.0), "rounds": rates.len()}))
+        Ok(
+            json!({"workload": "diamonds", "workers": "1 Rust worker in the bench process", "in_flight": n, "dags_per_second_p50": quantile(&mut rates, 0.5), "min": quantile(&mut rates, 0.0), "max": quantile(&mut rates, 1.0), "rounds": rates.len()}),
+        )
     }
 
     async fn idle(&mut self) -> io::Result<Value> {
@@ -282,7 +392,11 @@ impl Run<'_> {
         for round in 0..self.scaled(1_000).max(100) {
             tokio::time::sleep(Duration::from_millis(2)).await;
             let watch = Stopwatch::start();
-            let run = self.client.submit(Submit::call(&leaf, Data::raw(&b"x"[..]))).await.map_err(io::Error::other)?;
+            let run = self
+                .client
+                .submit(Submit::call(&leaf, Data::raw(&b"x"[..])))
+                .await
+                .map_err(io::Error::other)?;
             self.value(run).await?;
             if round >= 20 {
                 micros.push(watch.elapsed().as_micros() as u64);
@@ -291,7 +405,8 @@ impl Run<'_> {
         let cpu_before = self.broker.cpu_ms();
         let rest = Duration::from_secs(if self.options.quick { 2 } else { 10 });
         tokio::time::sleep(rest).await;
-        let idle_cpu = (self.broker.cpu_ms() - cpu_before) as f64 / (rest.as_millis() as f64) * 100.0;
+        let idle_cpu =
+            (self.broker.cpu_ms() - cpu_before) as f64 / (rest.as_millis() as f64) * 100.0;
         worker.stop().await;
         Ok(json!({
             "workload": "idle", "workers": "1 Rust worker in the bench process", "submit_to_result_us_p50": quantile(&mut micros, 0.5), "p99": quantile(&mut micros, 0.99), "rounds": micros.len(), "idle_cpu_percent": round(idle_cpu),
@@ -304,7 +419,11 @@ impl Run<'_> {
         let n = self.scaled(300_000);
         let one = || Submit::call(&leaf, Data::raw(&b"x"[..]));
         let watch = Stopwatch::start();
-        let runs = self.client.submit_many((0..n).map(|_| one()).collect()).await.map_err(io::Error::other)?;
+        let runs = self
+            .client
+            .submit_many((0..n).map(|_| one()).collect())
+            .await
+            .map_err(io::Error::other)?;
         let accepted = watch.elapsed().as_secs_f64();
         let mut last = None;
         for run in runs {
@@ -318,7 +437,9 @@ impl Run<'_> {
         }
         let completed = watch.elapsed().as_secs_f64();
         worker.stop().await;
-        Ok(json!({"workload": "submit", "workers": "1 Rust worker in the bench process", "n": n, "accepted_per_second": (n as f64 / accepted) as u64, "completed_per_second": (n as f64 / completed) as u64}))
+        Ok(
+            json!({"workload": "submit", "workers": "1 Rust worker in the bench process", "n": n, "accepted_per_second": (n as f64 / accepted) as u64, "completed_per_second": (n as f64 / completed) as u64}),
+        )
     }
 
     async fn memory(&mut self) -> io::Result<Value> {
@@ -330,9 +451,23 @@ impl Run<'_> {
         let width = 1_000u64;
         for _ in 0..n / width {
             let mut nodes = vec![NewNode::new(&gate, Data::raw(&b""[..]), [])];
-            nodes.extend((1..=width).map(|_| NewNode::new(&leaf, Data::raw(&b"12345678"[..]), [Promise::New(0).value()])));
+            nodes.extend((1..=width).map(|_| {
+                NewNode::new(
+                    &leaf,
+                    Data::raw(&b"12345678"[..]),
+                    [Promise::New(0).value()],
+                )
+            }));
             let root = nodes.len() as u32 - 1;
-            self.client.submit(Submit { key: None, tags: Default::default(), nodes, root }).await.map_err(io::Error::other)?;
+            self.client
+                .submit(Submit {
+                    key: None,
+                    tags: Default::default(),
+                    nodes,
+                    root,
+                })
+                .await
+                .map_err(io::Error::other)?;
         }
         let after = self.settled_heap().await?;
         let made = n / width * (width + 1);
@@ -353,7 +488,9 @@ impl Run<'_> {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         tokio::time::sleep(Duration::from_millis(1_500)).await;
-        Ok(self.status().await?["heap_bytes"].as_u64().unwrap_or_default())
+        Ok(self.status().await?["heap_bytes"]
+            .as_u64()
+            .unwrap_or_default())
     }
 
     async fn restart(self) -> io::Result<Value> {
@@ -367,13 +504,29 @@ impl Run<'_> {
         }
         for _ in 0..open.div_ceil(1_000) {
             let mut nodes = vec![NewNode::new(&gate, Data::raw(&b""[..]), [])];
-            nodes.extend((1..1_000).map(|_| NewNode::new(&leaf, Data::raw(&b"12345678"[..]), [Promise::New(0).value()])));
-            self.client.submit(Submit { key: None, tags: Default::default(), nodes, root: 999 }).await.map_err(io::Error::other)?;
+            nodes.extend((1..1_000).map(|_| {
+                NewNode::new(
+                    &leaf,
+                    Data::raw(&b"12345678"[..]),
+                    [Promise::New(0).value()],
+                )
+            }));
+            self.client
+                .submit(Submit {
+                    key: None,
+                    tags: Default::default(),
+                    nodes,
+                    root: 999,
+                })
+                .await
+                .map_err(io::Error::other)?;
         }
         let made = watch.elapsed().as_secs_f64();
         worker.stop().await;
         self.settled_heap().await?;
-        let Self { mut broker, client, .. } = self;
+        let Self {
+            mut broker, client, ..
+        } = self;
         drop(client);
         let mut rounds = Vec::new();
         for _ in 0..3 {
@@ -382,7 +535,10 @@ impl Run<'_> {
         }
         tokio::time::sleep(Duration::from_secs(2)).await;
         let rss = broker.rss();
-        let (from_sled, from_log) = (broker.ready["from_sled"].clone(), broker.ready["from_log"].clone());
+        let (from_sled, from_log) = (
+            broker.ready["from_sled"].clone(),
+            broker.ready["from_log"].clone(),
+        );
         broker.finish().await?;
         Ok(json!({
             "workload": "restart", "open": open, "finished": finished, "made_in_seconds": round(made), "first_restart_ms": rounds[0], "restart_ms_p50": quantile(&mut rounds, 0.5), "rounds": rounds.len(), "rss_after": rss,

@@ -77,6 +77,23 @@ pub(super) fn completion(lease: &Lease, children: Vec<codec::Node>, ended: Ended
     }
 }
 
+/// The end of an attempt whose outcome the broker refused to take: it has failed, for that reason.
+pub(super) fn failed_instead(finish: &Finish, why: &super::ClientError) -> Finish {
+    let data = Failure::fatal(format!("the broker refused the outcome: {why}")).to_data();
+    Finish {
+        run: finish.run,
+        node: finish.node,
+        attempt: finish.attempt,
+        token: finish.token,
+        end: End::Failed,
+        codec: data.codec,
+        ranges: Vec::new(),
+        body: data.bytes,
+        children: Vec::new(),
+        digest: 0,
+    }
+}
+
 /// A FINISH frame that is being filled.
 #[derive(Default)]
 pub(super) struct Batch {

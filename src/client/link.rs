@@ -35,8 +35,8 @@ pub(super) trait Push: Send + 'static {
     fn frame(&mut self, link: &Link, frame: Frame) -> Result<(), ClientError>;
     /// Everything that had arrived was handled.
     fn idle(&mut self, link: &Link);
-    /// Items of a FINISH were refused.
-    fn refused(&mut self, refused: &[codec::Refusal]);
+    /// Completions were refused, each with the reason.
+    fn refused(&mut self, link: &Link, refused: Vec<(codec::Finish, ClientError)>);
 }
 
 /// For clients: the broker pushes nothing to them.
@@ -51,7 +51,7 @@ impl Push for Nothing {
         )))
     }
     fn idle(&mut self, _: &Link) {}
-    fn refused(&mut self, _: &[codec::Refusal]) {}
+    fn refused(&mut self, _: &Link, _: Vec<(codec::Finish, ClientError)>) {}
 }
 
 /// Bodies of the frames of a reply.
@@ -464,7 +464,18 @@ impl Link {
             }
             match entry.remove() {
                 Pending::Asked { answer, .. } => drop(answer.send(Err(error))),
-                Pending::Finish(_) => info!(%error, "a FINISH was refused as a whole"),
+                Pending::Finish(sent) => {
+                    drop(state);
+                    info!(%error, "a FINISH was refused as a whole");
+                    let items = codec::decode_finish(sent.slice(frame::HEADER_BYTES..))?;
+                    push.refused(
+                        self,
+                        items
+                            .into_iter()
+                            .map(|item| (item, error.clone()))
+                            .collect(),
+                    );
+                }
             }
             return Ok(());
         }
@@ -482,11 +493,19 @@ impl Link {
                 drop(state);
                 drop(answer.send(Ok(parts)));
             }
-            Pending::Finish(_) => {
+            Pending::Finish(sent) => {
                 drop(state);
                 // Four bytes of zero are what nearly every answer says.
                 if frame.body[..] != [0; 4] {
-                    push.refused(&codec::decode_refusals(frame.body)?);
+                    let items = codec::decode_finish(sent.slice(frame::HEADER_BYTES..))?;
+                    let refused =
+                        codec::decode_refusals(frame.body)?
+                            .into_iter()
+                            .filter_map(|refusal| {
+                                let item = items.get(refusal.position as usize)?;
+                                Some((item.clone(), no(&refusal.reason)))
+                            });
+                    push.refused(self, refused.collect());
                 }
             }
         }

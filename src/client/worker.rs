@@ -17,13 +17,23 @@ use tracing::{debug, info, warn};
 
 use super::ClientError;
 use super::call::{Call, Failure, Recorded, Returned, name};
-use super::completions::{Batch, Credit, Ended, completion};
+use super::completions::{Batch, Credit, Ended, completion, failed_instead};
 use super::link::{Link, Push};
 use crate::broker::types::Spec;
 use crate::edge::convert;
-use crate::edge::native::codec::{self, AttemptName, Lease};
+use crate::edge::native::codec::{self, AttemptName, End, Lease};
 use crate::edge::native::frame::{Frame, VERSION, Verb};
 use crate::edge::native::json::{self, Hello, Kind, Welcome};
+
+/// Refusals after which there is nothing left to end.
+const LEASE_IS_OVER: [&str; 6] = [
+    "LEASE_EXPIRED",
+    "LEASE_REVOKED",
+    "LEASE_UNKNOWN",
+    "COMPLETION_CONFLICT",
+    "UNKNOWN_RUN",
+    "UNKNOWN_NODE",
+];
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 type Plain = dyn Fn(&mut Call) -> Result<Returned, Failure> + Send + Sync;
@@ -417,10 +427,21 @@ impl Push for Running {
         self.batch.flush(link, &self.shared.credit);
     }
 
-    fn refused(&mut self, refused: &[codec::Refusal]) {
+    /// A lease that has ended is no news. An outcome that the broker cannot take is a failure of its node: the lease is still held, and
+    /// nobody else would ever end it.
+    fn refused(&mut self, link: &Link, refused: Vec<(codec::Finish, ClientError)>) {
         let n = refused.len() as u64;
         self.shared.counters.refused.fetch_add(n, Ordering::Relaxed);
-        debug!(n, first = ?refused.first().map(|one| &one.reason), "completions were refused");
+        for (finish, error) in refused {
+            debug!(run = finish.run, node = finish.node, %error, "a completion was refused");
+            let lease_is_over = error
+                .code()
+                .is_none_or(|code| LEASE_IS_OVER.contains(&code));
+            if !lease_is_over && matches!(finish.end, End::Value | End::Structure | End::Tail) {
+                self.batch.add(&failed_instead(&finish, &error));
+            }
+        }
+        self.batch.flush(link, &self.shared.credit);
     }
 }
 

@@ -314,7 +314,11 @@ impl Checker<'_> {
             "segment",
             storage.segment,
             // The largest entry must fit. Tests, which have debug assertions on, want a log that is shortened often.
-            Size(if cfg!(debug_assertions) { 1 << 20 } else { 64 << 20 }),
+            Size(if cfg!(debug_assertions) {
+                1 << 20
+            } else {
+                64 << 20
+            }),
             Size(1 << 30),
         );
         self.within(

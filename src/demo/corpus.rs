@@ -17,13 +17,100 @@ const PAGE_BYTES: std::ops::RangeInclusive<u64> = 4_000..=200_000;
 
 /// Modules of the standard library that `pydoc` is asked about when nothing else is found.
 const PYDOC: &[&str] = &[
-    "argparse", "array", "ast", "asyncio", "base64", "bisect", "bz2", "calendar", "cmd", "code", "codecs", "collections", "configparser", "contextlib",
-    "copy", "csv", "ctypes", "datetime", "decimal", "difflib", "dis", "email", "enum", "fileinput", "fractions", "ftplib", "functools", "gettext", "glob",
-    "gzip", "hashlib", "heapq", "hmac", "html", "http", "imaplib", "inspect", "io", "ipaddress", "itertools", "json", "keyword", "logging", "lzma", "mailbox",
-    "math", "mimetypes", "multiprocessing", "netrc", "numbers", "operator", "os", "pathlib", "pickle", "platform", "pprint", "queue", "random", "re", "sched",
-    "secrets", "select", "shelve", "shlex", "shutil", "signal", "smtplib", "socket", "sqlite3", "ssl", "statistics", "string", "struct", "subprocess", "tarfile",
-    "tempfile", "textwrap", "threading", "timeit", "token", "trace", "traceback", "types", "typing", "unittest", "urllib", "uuid", "venv", "warnings", "wave",
-    "weakref", "xml", "zipfile", "zlib",
+    "argparse",
+    "array",
+    "ast",
+    "asyncio",
+    "base64",
+    "bisect",
+    "bz2",
+    "calendar",
+    "cmd",
+    "code",
+    "codecs",
+    "collections",
+    "configparser",
+    "contextlib",
+    "copy",
+    "csv",
+    "ctypes",
+    "datetime",
+    "decimal",
+    "difflib",
+    "dis",
+    "email",
+    "enum",
+    "fileinput",
+    "fractions",
+    "ftplib",
+    "functools",
+    "gettext",
+    "glob",
+    "gzip",
+    "hashlib",
+    "heapq",
+    "hmac",
+    "html",
+    "http",
+    "imaplib",
+    "inspect",
+    "io",
+    "ipaddress",
+    "itertools",
+    "json",
+    "keyword",
+    "logging",
+    "lzma",
+    "mailbox",
+    "math",
+    "mimetypes",
+    "multiprocessing",
+    "netrc",
+    "numbers",
+    "operator",
+    "os",
+    "pathlib",
+    "pickle",
+    "platform",
+    "pprint",
+    "queue",
+    "random",
+    "re",
+    "sched",
+    "secrets",
+    "select",
+    "shelve",
+    "shlex",
+    "shutil",
+    "signal",
+    "smtplib",
+    "socket",
+    "sqlite3",
+    "ssl",
+    "statistics",
+    "string",
+    "struct",
+    "subprocess",
+    "tarfile",
+    "tempfile",
+    "textwrap",
+    "threading",
+    "timeit",
+    "token",
+    "trace",
+    "traceback",
+    "types",
+    "typing",
+    "unittest",
+    "urllib",
+    "uuid",
+    "venv",
+    "warnings",
+    "wave",
+    "weakref",
+    "xml",
+    "zipfile",
+    "zlib",
 ];
 
 /// Pages with the names under which they are served.
@@ -46,11 +133,22 @@ pub(super) fn find(n: usize, seed: u64, python: &Path, scratch: &Path) -> io::Re
         }
         tried.push(format!("{} ({} pages)", root.display(), files.len()));
     }
-    let status = Command::new(python).current_dir(scratch).args(["-m", "pydoc", "-w"]).args(PYDOC).stdout(std::process::Stdio::null()).status();
+    let status = Command::new(python)
+        .current_dir(scratch)
+        .args(["-m", "pydoc", "-w"])
+        .args(PYDOC)
+        .stdout(std::process::Stdio::null())
+        .status();
     let mut files = Vec::new();
     collect(scratch, 1, &mut files);
     if files.len() >= n {
-        return Ok(pick("pydoc's pages about Python's standard library".to_owned(), scratch, files, n, seed));
+        return Ok(pick(
+            "pydoc's pages about Python's standard library".to_owned(),
+            scratch,
+            files,
+            n,
+            seed,
+        ));
     }
     Err(io::Error::other(format!(
         "no {n} HTML pages on this machine: looked in {} and asked {} -m pydoc ({status:?}); install rust-docs or a -doc package",
@@ -61,25 +159,40 @@ pub(super) fn find(n: usize, seed: u64, python: &Path, scratch: &Path) -> io::Re
 
 fn roots() -> Vec<(String, PathBuf)> {
     let mut roots = Vec::new();
-    let sysroot = Command::new("rustc").args(["--print", "sysroot"]).output().ok().filter(|out| out.status.success());
+    let sysroot = Command::new("rustc")
+        .args(["--print", "sysroot"])
+        .output()
+        .ok()
+        .filter(|out| out.status.success());
     if let Some(sysroot) = sysroot {
-        let html = PathBuf::from(String::from_utf8_lossy(&sysroot.stdout).trim()).join("share/doc/rust/html");
+        let html = PathBuf::from(String::from_utf8_lossy(&sysroot.stdout).trim())
+            .join("share/doc/rust/html");
         for book in ["book", "reference", "rust-by-example", "cargo"] {
             roots.push((format!("the Rust documentation ({book})"), html.join(book)));
         }
     }
-    roots.push(("the documentation of installed Debian packages".to_owned(), PathBuf::from("/usr/share/doc")));
+    roots.push((
+        "the documentation of installed Debian packages".to_owned(),
+        PathBuf::from("/usr/share/doc"),
+    ));
     roots
 }
 
 fn collect(directory: &Path, depth: u32, files: &mut Vec<PathBuf>) {
-    let Ok(entries) = std::fs::read_dir(directory) else { return };
+    let Ok(entries) = std::fs::read_dir(directory) else {
+        return;
+    };
     for entry in entries.flatten() {
         let path = entry.path();
-        let Ok(about) = entry.metadata() else { continue };
+        let Ok(about) = entry.metadata() else {
+            continue;
+        };
         if about.is_dir() && depth > 0 {
             collect(&path, depth - 1, files);
-        } else if about.is_file() && PAGE_BYTES.contains(&about.len()) && path.extension().is_some_and(|end| end == "html") {
+        } else if about.is_file()
+            && PAGE_BYTES.contains(&about.len())
+            && path.extension().is_some_and(|end| end == "html")
+        {
             files.push(path);
         }
     }
@@ -87,8 +200,28 @@ fn collect(directory: &Path, depth: u32, files: &mut Vec<PathBuf>) {
 
 fn pick(origin: String, root: &Path, mut files: Vec<PathBuf>, n: usize, seed: u64) -> Corpus {
     // A seeded order that does not depend on the order of the directory.
-    files.sort_by_key(|path| xxhash_rust::xxh3::xxh3_64_with_seed(path.strip_prefix(root).unwrap_or(path).as_os_str().as_encoded_bytes(), seed));
-    let pages = files.into_iter().take(n).map(|path| (path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned(), path)).collect();
+    files.sort_by_key(|path| {
+        xxhash_rust::xxh3::xxh3_64_with_seed(
+            path.strip_prefix(root)
+                .unwrap_or(path)
+                .as_os_str()
+                .as_encoded_bytes(),
+            seed,
+        )
+    });
+    let pages = files
+        .into_iter()
+        .take(n)
+        .map(|path| {
+            (
+                path.strip_prefix(root)
+                    .unwrap_or(&path)
+                    .to_string_lossy()
+                    .into_owned(),
+                path,
+            )
+        })
+        .collect();
     Corpus { origin, pages }
 }
 
@@ -110,13 +243,23 @@ async fn answer(stream: TcpStream, pages: &BTreeMap<String, PathBuf>) -> io::Res
     let mut stream = BufReader::new(stream);
     let mut request = String::new();
     (&mut stream).take(16_384).read_line(&mut request).await?;
-    let path = request.split(' ').nth(1).unwrap_or_default().trim_start_matches('/');
+    let path = request
+        .split(' ')
+        .nth(1)
+        .unwrap_or_default()
+        .trim_start_matches('/');
     let page = match pages.get(path) {
         Some(file) => tokio::fs::read(file).await.ok(),
         None => None,
     };
-    let (status, body) = page.map_or_else(|| ("404 Not Found", b"no such page".to_vec()), |body| ("200 OK", body));
-    let head = format!("HTTP/1.0 {status}\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: {}\r\n\r\n", body.len());
+    let (status, body) = page.map_or_else(
+        || ("404 Not Found", b"no such page".to_vec()),
+        |body| ("200 OK", body),
+    );
+    let head = format!(
+        "HTTP/1.0 {status}\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
     stream.write_all(head.as_bytes()).await?;
     stream.write_all(&body).await?;
     stream.shutdown().await

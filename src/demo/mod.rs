@@ -24,7 +24,13 @@ use processes::{Broker, WorkerPlace};
 const CRAWL: &str = include_str!("../../examples/crawl/crawl.py");
 const VERDICT: &str = include_str!("../../examples/crawl/verdict.py");
 /// The actions in the order in which people think of them.
-const ACTIONS: [&str; 5] = ["crawl.site", "crawl.fetch", "crawl.extract", "crawl.compare", "crawl.rank"];
+const ACTIONS: [&str; 5] = [
+    "crawl.site",
+    "crawl.fetch",
+    "crawl.extract",
+    "crawl.compare",
+    "crawl.rank",
+];
 
 /// Plays the demo. The exit code is 0 only if the verdict is yes.
 pub async fn run(options: Demo) -> ExitCode {
@@ -41,7 +47,11 @@ pub async fn run(options: Demo) -> ExitCode {
     match outcome {
         Ok(report) => {
             show(&options, &report);
-            if report["ok"] == json!(true) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            if report["ok"] == json!(true) {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
         }
         Err(error) => fail(&options, &error.to_string()),
     }
@@ -55,7 +65,10 @@ fn fail(options: &Demo, reason: &str) -> ExitCode {
     ExitCode::FAILURE
 }
 
-#[expect(clippy::print_stdout, reason = "the report is the product of the command")]
+#[expect(
+    clippy::print_stdout,
+    reason = "the report is the product of the command"
+)]
 fn emit(line: &str) {
     println!("{line}");
 }
@@ -63,7 +76,8 @@ fn emit(line: &str) {
 fn tempfile_directory() -> io::Result<PathBuf> {
     let mut bits = [0u8; 8];
     getrandom::fill(&mut bits).map_err(|error| io::Error::other(error.to_string()))?;
-    let path = std::env::temp_dir().join(format!("dagorama-demo-{:016x}", u64::from_le_bytes(bits)));
+    let path =
+        std::env::temp_dir().join(format!("dagorama-demo-{:016x}", u64::from_le_bytes(bits)));
     std::fs::create_dir(&path)?;
     Ok(path)
 }
@@ -138,19 +152,49 @@ codec = "json"
 async fn play(options: &Demo, directory: &Path) -> io::Result<Value> {
     let watch = Stopwatch::start();
     let stage = prepare(directory)?;
-    let corpus = corpus::find(options.pages as usize, options.seed, &options.python, &directory.join("pydoc"))?;
+    let corpus = corpus::find(
+        options.pages as usize,
+        options.seed,
+        &options.python,
+        &directory.join("pydoc"),
+    )?;
     let (base, web) = corpus::serve(&corpus).await?;
-    let urls: Vec<String> = corpus.pages.keys().map(|name| format!("{base}/{name}")).collect();
+    let urls: Vec<String> = corpus
+        .pages
+        .keys()
+        .map(|name| format!("{base}/{name}"))
+        .collect();
     std::fs::write(&stage.input, format!("{}\n", json!(urls)))?;
     let n = u64::from(options.pages);
     let expected = [1, n, n, n * (n - 1) / 2, 1];
     let total: u64 = expected.iter().sum();
-    eprintln!("{} pages of {}: {total} nodes, {} of them comparisons", options.pages, corpus.origin, expected[3]);
+    eprintln!(
+        "{} pages of {}: {total} nodes, {} of them comparisons",
+        options.pages, corpus.origin, expected[3]
+    );
 
-    let mut broker = processes::start_broker(&stage.config, "127.0.0.1:0", &stage.broker_log, &stage.token).await?;
-    let place = WorkerPlace { python: &options.python, code: &stage.code, journal: &stage.journal, log: &stage.worker_log, token: &stage.token };
-    let mut workers = [processes::start_worker(&broker.url, &place)?, processes::start_worker(&broker.url, &place)?];
-    eprintln!("broker at {} (pid {}), two worker processes", broker.url, broker.ready["pid"]);
+    let mut broker = processes::start_broker(
+        &stage.config,
+        "127.0.0.1:0",
+        &stage.broker_log,
+        &stage.token,
+    )
+    .await?;
+    let place = WorkerPlace {
+        python: &options.python,
+        code: &stage.code,
+        journal: &stage.journal,
+        log: &stage.worker_log,
+        token: &stage.token,
+    };
+    let mut workers = [
+        processes::start_worker(&broker.url, &place)?,
+        processes::start_worker(&broker.url, &place)?,
+    ];
+    eprintln!(
+        "broker at {} (pid {}), two worker processes",
+        broker.url, broker.ready["pid"]
+    );
 
     let bars = Bars::new(options, &expected);
     let mut killed = Killed::default();
@@ -159,18 +203,30 @@ async fn play(options: &Demo, directory: &Path) -> io::Result<Value> {
         let journal = processes::read_journal(&stage.journal)?;
         bars.update(&journal);
         if let Ok(Some(status)) = broker.child.try_wait() {
-            return Err(io::Error::other(format!("the broker ended by itself ({status}): see {}", log_tail(&stage.broker_log))));
+            return Err(io::Error::other(format!(
+                "the broker ended by itself ({status}): see {}",
+                log_tail(&stage.broker_log)
+            )));
         }
         for worker in &mut workers {
             if let Ok(Some(status)) = worker.try_wait() {
-                return Err(io::Error::other(format!("a worker ended by itself ({status}): {}", log_tail(&stage.worker_log))));
+                return Err(io::Error::other(format!(
+                    "a worker ended by itself ({status}): {}",
+                    log_tail(&stage.worker_log)
+                )));
             }
         }
         let done: u64 = journal.accepted.values().sum();
         if !options.no_kill && killed.kills == 0 && done >= kill_at {
             killed = strike(&mut broker, &stage).await?;
             if killed.kills > 0 {
-                let again = processes::start_broker(&stage.config, broker.url.trim_start_matches("dagorama://"), &stage.broker_log, &stage.token).await?;
+                let again = processes::start_broker(
+                    &stage.config,
+                    broker.url.trim_start_matches("dagorama://"),
+                    &stage.broker_log,
+                    &stage.token,
+                )
+                .await?;
                 bars.say(&format!(
                     "killed the broker (pid {}) and a worker process after {done} nodes, with {} leases open and {} acknowledgements under way; back in {} s as pid {}",
                     broker.ready["pid"], killed.leases_open, killed.acks_in_flight, again.ready["seconds"], again.ready["pid"]
@@ -178,18 +234,27 @@ async fn play(options: &Demo, directory: &Path) -> io::Result<Value> {
                 broker = again;
             }
         }
-        if std::fs::metadata(&stage.output).is_ok_and(|about| about.len() > 0) && journal.in_flight == 0 && done >= total {
+        if std::fs::metadata(&stage.output).is_ok_and(|about| about.len() > 0)
+            && journal.in_flight == 0
+            && done >= total
+        {
             break;
         }
         if watch.elapsed_ms() > 300_000 {
-            return Err(io::Error::other(format!("not finished after five minutes: {done} of {total} nodes; {}", log_tail(&stage.broker_log))));
+            return Err(io::Error::other(format!(
+                "not finished after five minutes: {done} of {total} nodes; {}",
+                log_tail(&stage.broker_log)
+            )));
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     bars.finish();
     for worker in &mut workers {
         if let Some(pid) = worker.id() {
-            kill(Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?), Signal::SIGTERM)?;
+            kill(
+                Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?),
+                Signal::SIGTERM,
+            )?;
         }
     }
     for worker in &mut workers {
@@ -202,7 +267,8 @@ async fn play(options: &Demo, directory: &Path) -> io::Result<Value> {
     }
     let verdict = judge(options, &stage).await?;
     web.abort();
-    let kills_as_wanted = options.no_kill || (killed.kills == 2 && killed.leases_open > 0 && killed.acks_in_flight > 0);
+    let kills_as_wanted = options.no_kill
+        || (killed.kills == 2 && killed.leases_open > 0 && killed.acks_in_flight > 0);
     let ok = verdict["ok"] == json!(true) && verdict["nodes"] == json!(total) && kills_as_wanted;
     Ok(json!({
         "ok": ok, "nodes": verdict["nodes"], "lost": verdict["lost"], "applied_twice": verdict["applied_twice"], "attempts": verdict["attempts"],
@@ -223,7 +289,13 @@ struct Killed {
 
 /// Stops the broker in the middle of something, sees to it that acknowledgements are under way, and kills it and a worker process.
 async fn strike(broker: &mut Broker, stage: &Stage) -> io::Result<Killed> {
-    let pid = Pid::from_raw(broker.child.id().and_then(|pid| i32::try_from(pid).ok()).ok_or_else(|| io::Error::other("the broker has no pid"))?);
+    let pid = Pid::from_raw(
+        broker
+            .child
+            .id()
+            .and_then(|pid| i32::try_from(pid).ok())
+            .ok_or_else(|| io::Error::other("the broker has no pid"))?,
+    );
     kill(pid, Signal::SIGSTOP)?;
     let mut journal = processes::Journal::default();
     for _ in 0..40 {
@@ -245,23 +317,36 @@ async fn strike(broker: &mut Broker, stage: &Stage) -> io::Result<Killed> {
         kill(Pid::from_raw(*child), Signal::SIGKILL)?;
         kills += 1;
     }
-    Ok(Killed { kills, leases_open: journal.open, acks_in_flight: journal.in_flight })
+    Ok(Killed {
+        kills,
+        leases_open: journal.open,
+        acks_in_flight: journal.in_flight,
+    })
 }
 
 /// Changes one piece of evidence.
 fn falsify(tamper: Tamper, stage: &Stage) -> io::Result<()> {
     if tamper == Tamper::Alter {
         let text = std::fs::read_to_string(&stage.output)?;
-        let mut value: Value = serde_json::from_str(text.lines().next().unwrap_or_default()).map_err(io::Error::other)?;
+        let mut value: Value = serde_json::from_str(text.lines().next().unwrap_or_default())
+            .map_err(io::Error::other)?;
         value["most_alike"][0][2] = json!(0.123_456);
         return std::fs::write(&stage.output, format!("{value}\n"));
     }
-    let mut files: Vec<PathBuf> = std::fs::read_dir(&stage.journal)?.flatten().map(|entry| entry.path()).collect();
+    let mut files: Vec<PathBuf> = std::fs::read_dir(&stage.journal)?
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
     files.sort();
     for file in files {
         let text = std::fs::read_to_string(&file)?;
         let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
-        let Some(at) = lines.iter().position(|line| line.contains("\"accepted\"") && line.contains("\"crawl.compare\"")) else { continue };
+        let Some(at) = lines
+            .iter()
+            .position(|line| line.contains("\"accepted\"") && line.contains("\"crawl.compare\""))
+        else {
+            continue;
+        };
         if tamper == Tamper::Lose {
             lines.remove(at);
         } else {
@@ -282,8 +367,12 @@ async fn judge(options: &Demo, stage: &Stage) -> io::Result<Value> {
         .env("PYTHONPATH", processes::python_path(&stage.code))
         .output()
         .await?;
-    let mut verdict: Value = serde_json::from_slice(&out.stdout)
-        .map_err(|error| io::Error::other(format!("the verdict is unreadable ({error}): {}", String::from_utf8_lossy(&out.stderr))))?;
+    let mut verdict: Value = serde_json::from_slice(&out.stdout).map_err(|error| {
+        io::Error::other(format!(
+            "the verdict is unreadable ({error}): {}",
+            String::from_utf8_lossy(&out.stderr)
+        ))
+    })?;
     verdict["ok"] = json!(out.status.success());
     Ok(verdict)
 }
@@ -291,7 +380,11 @@ async fn judge(options: &Demo, stage: &Stage) -> io::Result<Value> {
 fn log_tail(path: &Path) -> String {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let lines: Vec<&str> = text.lines().rev().take(8).collect();
-    format!("{}: {}", path.display(), lines.into_iter().rev().collect::<Vec<_>>().join(" | "))
+    format!(
+        "{}: {}",
+        path.display(),
+        lines.into_iter().rev().collect::<Vec<_>>().join(" | ")
+    )
 }
 
 /// Progress per action; plain lines when nobody watches.
@@ -302,13 +395,23 @@ struct Bars {
 
 impl Bars {
     fn new(options: &Demo, expected: &[u64; 5]) -> Self {
-        let all = MultiProgress::with_draw_target(if options.json { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() });
-        let style = ProgressStyle::with_template("{prefix:>14} [{bar:40}] {pos:>5}/{len:5}").unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ");
+        let all = MultiProgress::with_draw_target(if options.json {
+            ProgressDrawTarget::hidden()
+        } else {
+            ProgressDrawTarget::stderr()
+        });
+        let style = ProgressStyle::with_template("{prefix:>14} [{bar:40}] {pos:>5}/{len:5}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar())
+            .progress_chars("=> ");
         let bars = ACTIONS
             .iter()
             .zip(expected)
             .map(|(action, n)| {
-                let bar = all.add(ProgressBar::new(*n).with_style(style.clone()).with_prefix(*action));
+                let bar = all.add(
+                    ProgressBar::new(*n)
+                        .with_style(style.clone())
+                        .with_prefix(*action),
+                );
                 (*action, bar)
             })
             .collect();
@@ -339,7 +442,12 @@ fn show(options: &Demo, report: &Value) {
     }
     let number = |name: &str| report[name].as_u64().unwrap_or_default();
     let mark = |good: bool| if good { "yes" } else { "NO" };
-    emit(&format!("{} nodes, {} attempts, in {:.1} s", number("nodes"), number("attempts"), report["seconds"].as_f64().unwrap_or_default()));
+    emit(&format!(
+        "{} nodes, {} attempts, in {:.1} s",
+        number("nodes"),
+        number("attempts"),
+        report["seconds"].as_f64().unwrap_or_default()
+    ));
     if number("kills") > 0 {
         emit(&format!(
             "{} kills with {} leases open and {} acknowledgements under way; the new broker knew {} nodes from sled and {} from the log",
@@ -350,8 +458,23 @@ fn show(options: &Demo, report: &Value) {
             number("from_log")
         ));
     }
-    emit(&format!("  nothing lost            {} ({} lost)", mark(number("lost") == 0), number("lost")));
-    emit(&format!("  nothing applied twice   {} ({} twice)", mark(number("applied_twice") == 0), number("applied_twice")));
-    emit(&format!("  the ranking is right    {}", mark(report["output_equal"] == json!(true))));
-    emit(if report["ok"] == json!(true) { "verdict: yes, by the workers' own journals and the output file" } else { "verdict: NO" });
+    emit(&format!(
+        "  nothing lost            {} ({} lost)",
+        mark(number("lost") == 0),
+        number("lost")
+    ));
+    emit(&format!(
+        "  nothing applied twice   {} ({} twice)",
+        mark(number("applied_twice") == 0),
+        number("applied_twice")
+    ));
+    emit(&format!(
+        "  the ranking is right    {}",
+        mark(report["output_equal"] == json!(true))
+    ));
+    emit(if report["ok"] == json!(true) {
+        "verdict: yes, by the workers' own journals and the output file"
+    } else {
+        "verdict: NO"
+    });
 }

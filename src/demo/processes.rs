@@ -22,7 +22,12 @@ pub(super) struct Broker {
 }
 
 /// Starts `serve` with that configuration and waits until it is ready.
-pub(super) async fn start_broker(config: &Path, listen: &str, log: &Path, token: &str) -> io::Result<Broker> {
+pub(super) async fn start_broker(
+    config: &Path,
+    listen: &str,
+    log: &Path,
+    token: &str,
+) -> io::Result<Broker> {
     let mut child = Command::new(std::env::current_exe()?)
         .args(["serve", "--ready-stdout", "--listen", listen, "--config"])
         .arg(config)
@@ -32,12 +37,24 @@ pub(super) async fn start_broker(config: &Path, listen: &str, log: &Path, token:
         .stderr(append(log)?)
         .kill_on_drop(true)
         .spawn()?;
-    let stdout = child.stdout.take().ok_or_else(|| io::Error::other("the broker has no standard output"))?;
+    let stdout = child
+        .stdout
+        .take()
+        .ok_or_else(|| io::Error::other("the broker has no standard output"))?;
     let mut line = String::new();
-    let read = tokio::time::timeout(Duration::from_secs(60), BufReader::new(stdout).read_line(&mut line)).await;
+    let read = tokio::time::timeout(
+        Duration::from_secs(60),
+        BufReader::new(stdout).read_line(&mut line),
+    )
+    .await;
     let ready: Value = match read {
         Ok(Ok(n)) if n > 0 => serde_json::from_str(&line).map_err(io::Error::other)?,
-        _ => return Err(io::Error::other(format!("the broker did not start: see {}", log.display()))),
+        _ => {
+            return Err(io::Error::other(format!(
+                "the broker did not start: see {}",
+                log.display()
+            )));
+        }
     };
     let url = ready["native"].as_str().unwrap_or_default().to_owned();
     Ok(Broker { child, ready, url })
@@ -61,7 +78,15 @@ pub(super) struct WorkerPlace<'a> {
 /// Starts a worker with one process for nodes.
 pub(super) fn start_worker(url: &str, place: &WorkerPlace<'_>) -> io::Result<Child> {
     Command::new(std::env::current_exe()?)
-        .args(["worker", "crawl", "--concurrency", "1", "--url", url, "--python"])
+        .args([
+            "worker",
+            "crawl",
+            "--concurrency",
+            "1",
+            "--url",
+            url,
+            "--python",
+        ])
         .arg(place.python)
         .env("PYTHONPATH", python_path(place.code))
         .env("DAGORAMA_TOKEN", place.token)
@@ -88,7 +113,11 @@ pub(super) fn package() -> Option<PathBuf> {
 }
 
 fn append(path: &Path) -> io::Result<Stdio> {
-    Ok(std::fs::OpenOptions::new().create(true).append(true).open(path)?.into())
+    Ok(std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)?
+        .into())
 }
 
 /// What stands in the workers' journals at one moment.
@@ -112,12 +141,22 @@ pub(super) fn read_journal(directory: &Path) -> io::Result<Journal> {
     let mut senders: BTreeMap<(String, String, u64), i32> = BTreeMap::new();
     for entry in std::fs::read_dir(directory)? {
         let path = entry?.path();
-        let pid: i32 = path.file_stem().and_then(|name| name.to_str()).and_then(|name| name.parse().ok()).unwrap_or_default();
+        let pid: i32 = path
+            .file_stem()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.parse().ok())
+            .unwrap_or_default();
         let text = std::fs::read_to_string(path)?;
         for line in text.lines() {
             // A line that is being written is read next time.
-            let Ok(line) = serde_json::from_str::<Value>(line) else { continue };
-            let key = (text_of(&line["run"]), text_of(&line["node"]), line["attempt"].as_u64().unwrap_or_default());
+            let Ok(line) = serde_json::from_str::<Value>(line) else {
+                continue;
+            };
+            let key = (
+                text_of(&line["run"]),
+                text_of(&line["node"]),
+                line["attempt"].as_u64().unwrap_or_default(),
+            );
             match line["what"].as_str() {
                 Some("started") => {
                     actions.insert(key.clone(), text_of(&line["action"]));
@@ -128,7 +167,9 @@ pub(super) fn read_journal(directory: &Path) -> io::Result<Journal> {
                     state.insert(key, "sent");
                 }
                 // An end beyond 2 is a failure that may be tried again, or a lease that was given back.
-                Some("accepted") if line["end"].as_u64().is_some_and(|end| end <= 2) => drop(state.insert(key, "accepted")),
+                Some("accepted") if line["end"].as_u64().is_some_and(|end| end <= 2) => {
+                    drop(state.insert(key, "accepted"))
+                }
                 Some("accepted" | "refused") => drop(state.insert(key, "refused")),
                 _ => {}
             }
@@ -140,9 +181,17 @@ pub(super) fn read_journal(directory: &Path) -> io::Result<Journal> {
             "sent" => {
                 journal.open += 1;
                 journal.in_flight += 1;
-                *journal.in_flight_by.entry(senders.get(&key).copied().unwrap_or_default()).or_default() += 1;
+                *journal
+                    .in_flight_by
+                    .entry(senders.get(&key).copied().unwrap_or_default())
+                    .or_default() += 1;
             }
-            "accepted" => *journal.accepted.entry(actions.get(&key).cloned().unwrap_or_default()).or_default() += 1,
+            "accepted" => {
+                *journal
+                    .accepted
+                    .entry(actions.get(&key).cloned().unwrap_or_default())
+                    .or_default() += 1
+            }
             _ => {}
         }
     }
@@ -150,5 +199,7 @@ pub(super) fn read_journal(directory: &Path) -> io::Result<Journal> {
 }
 
 fn text_of(value: &Value) -> String {
-    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+    value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned)
 }

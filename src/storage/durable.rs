@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 pub use layout::{FORMAT, StoreFormat, read_format};
 
-pub use super::gauges::Gauges;
 use super::disk::{DiskWatch, Reserve};
+pub use super::gauges::Gauges;
 use super::loading::{Replay, next_run, state_facts};
 use super::lock::StoreLock;
 use super::log::{Log, LogIdentity, LogPlace};

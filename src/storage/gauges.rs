@@ -11,13 +11,19 @@ pub struct Gauges {
 
 impl std::fmt::Debug for Gauges {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Gauges").field("log_position", &self.log_position()).field("state_position", &self.state_position()).finish()
+        f.debug_struct("Gauges")
+            .field("log_position", &self.log_position())
+            .field("state_position", &self.state_position())
+            .finish()
     }
 }
 
 impl Gauges {
     pub(super) fn new(position: u64, state: Arc<dyn Fn() -> u64 + Send + Sync>) -> Self {
-        Self { log: AtomicU64::new(position), state }
+        Self {
+            log: AtomicU64::new(position),
+            state,
+        }
     }
 
     pub(super) fn committed(&self, position: u64) {

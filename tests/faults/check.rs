@@ -21,14 +21,19 @@ pub struct Checked {
 
 /// Opens the store in this process, rebuilds the broker, asserts every invariant and compares the content with `acks`.
 pub fn store(dir: &Path, acks: &[Ack], sent: &BTreeMap<u64, Plan>) -> Result<Checked, String> {
-    let mut store = Durable::open(dir, DurableOptions::default()).map_err(|error| format!("open: {error}"))?;
+    let mut store =
+        Durable::open(dir, DurableOptions::default()).map_err(|error| format!("open: {error}"))?;
     let mut facts = Vec::new();
-    let loaded = store.load(&mut |fact| facts.push(fact)).map_err(|error| format!("load: {error}"))?;
+    let loaded = store
+        .load(&mut |fact| facts.push(fact))
+        .map_err(|error| format!("load: {error}"))?;
     let mut restoring = Restoring::new(Settings::default(), loaded.lease_secret);
     for fact in facts {
         restoring.absorb(fact);
     }
-    let broker = restoring.finish(loaded.now, loaded.next_run).map_err(|error| format!("restore: {}", error.detail))?;
+    let broker = restoring
+        .finish(loaded.now, loaded.next_run)
+        .map_err(|error| format!("restore: {}", error.detail))?;
     broker.check_invariants();
     let reader = store.reader();
     let checked = content(&*reader, acks, sent);
@@ -66,31 +71,49 @@ fn content(reader: &dyn Read, acks: &[Ack], sent: &BTreeMap<u64, Plan>) -> Resul
                     return Err(format!("lost: the resumption of {seq:x}"));
                 }
             }
-            Ack::Finished { seq, node, value, .. } => {
+            Ack::Finished {
+                seq, node, value, ..
+            } => {
                 record(*seq)?;
                 let Some(value) = value else { continue };
                 let key = NodeKey::new(RunSeq(*seq), NodeIndex(*node));
-                let outcome = reader.outcome(key).map_err(|error| format!("unreadable: outcome {key}: {error}"))?.ok_or_else(|| format!("lost: outcome {key}"))?;
+                let outcome = reader
+                    .outcome(key)
+                    .map_err(|error| format!("unreadable: outcome {key}: {error}"))?
+                    .ok_or_else(|| format!("lost: outcome {key}"))?;
                 let bytes = match outcome.payload.body {
                     Body::Inline(bytes) => bytes,
-                    Body::Stored(at) => reader.payload(at).map_err(|error| format!("unreadable: payload of {key}: {error}"))?,
+                    Body::Stored(at) => reader
+                        .payload(at)
+                        .map_err(|error| format!("unreadable: payload of {key}: {error}"))?,
                 };
                 if bytes[..] != value[..] || outcome.is_error {
-                    return Err(format!("wrong: outcome {key}: {} bytes instead of {}", bytes.len(), value.len()));
+                    return Err(format!(
+                        "wrong: outcome {key}: {} bytes instead of {}",
+                        bytes.len(),
+                        value.len()
+                    ));
                 }
             }
         }
     }
     let mut before = None;
     loop {
-        let page = reader.runs(before, 500).map_err(|error| format!("unreadable: runs: {error}"))?;
+        let page = reader
+            .runs(before, 500)
+            .map_err(|error| format!("unreadable: runs: {error}"))?;
         let Some((last, _)) = page.last() else { break };
         before = Some(*last);
         for (seq, _) in &page {
             checked.runs += 1;
             let key = NodeKey::new(*seq, NodeIndex(0));
-            let arguments = reader.arguments(key).map_err(|error| format!("unreadable: arguments of {key}: {error}"))?.ok_or_else(|| format!("lost: arguments of {key}"))?;
-            let Body::Inline(bytes) = arguments.payload.body else { return Err(format!("wrong: arguments of {key}")) };
+            let arguments = reader
+                .arguments(key)
+                .map_err(|error| format!("unreadable: arguments of {key}: {error}"))?
+                .ok_or_else(|| format!("lost: arguments of {key}"))?;
+            let Body::Inline(bytes) = arguments.payload.body else {
+                return Err(format!("wrong: arguments of {key}"));
+            };
             let known = Plan::decode(&bytes).and_then(|(plan, _)| sent.get(&plan.seed));
             if known.is_none() {
                 return Err(format!("invented: run {:x}", seq.0));

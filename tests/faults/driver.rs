@@ -36,7 +36,12 @@ pub enum Ack {
     /// A run is durable.
     Submitted { seq: u64, salt: u64, plan: Plan },
     /// An outcome is durable: bytes of a value; `None` for a tail call or a failure that is retried.
-    Finished { seq: u64, node: u32, attempt: u32, value: Option<Vec<u8>> },
+    Finished {
+        seq: u64,
+        node: u32,
+        attempt: u32,
+        value: Option<Vec<u8>>,
+    },
     /// A run is cancelled.
     Cancelled { seq: u64 },
     /// A run is resumed.
@@ -67,13 +72,24 @@ impl Plan {
         let seed = u64::from_le_bytes(bytes.get(..8)?.try_into().ok()?);
         let width = u32::from_le_bytes(bytes.get(8..12)?.try_into().ok()?);
         let index = u32::from_le_bytes(bytes.get(12..16)?.try_into().ok()?);
-        Some((Self { seed, width: width & 0x7fff_ffff, large: width >> 31 == 1 }, index))
+        Some((
+            Self {
+                seed,
+                width: width & 0x7fff_ffff,
+                large: width >> 31 == 1,
+            },
+            index,
+        ))
     }
 
     /// The value of leaf `index`.
     pub fn leaf(self, index: u32) -> Vec<u8> {
         let hash = mix(self.seed ^ (u64::from(index) << 32 | 1));
-        let length = if self.large && hash % 11 == 0 { 3_500 + (hash >> 8) as usize % 30_000 } else { 8 };
+        let length = if self.large && hash % 11 == 0 {
+            3_500 + (hash >> 8) as usize % 30_000
+        } else {
+            8
+        };
         let mut value = Vec::with_capacity(length + 8);
         let mut state = hash;
         while value.len() < length {
@@ -131,7 +147,11 @@ pub struct Journal {
 
 impl Journal {
     fn ack(&self, ack: Ack) {
-        let position = self.trace.as_ref().and_then(|path| std::fs::metadata(path).ok()).map_or(0, |about| about.len());
+        let position = self
+            .trace
+            .as_ref()
+            .and_then(|path| std::fs::metadata(path).ok())
+            .map_or(0, |about| about.len());
         self.acks.lock().expect("journal").push((position, ack));
     }
 
@@ -140,7 +160,13 @@ impl Journal {
         let mut first: BTreeMap<(u64, u32), u32> = BTreeMap::new();
         let mut twice = 0;
         for (_, ack) in self.acks.lock().expect("journal").iter() {
-            if let Ack::Finished { seq, node, attempt, value: Some(_) } = ack {
+            if let Ack::Finished {
+                seq,
+                node,
+                attempt,
+                value: Some(_),
+            } = ack
+            {
                 if *first.entry((*seq, *node)).or_insert(*attempt) != *attempt {
                     twice += 1;
                 }
@@ -170,13 +196,19 @@ impl Link {
         let address = url.trim_start_matches("dagorama://");
         let stream = TcpStream::connect(address)?;
         stream.set_nodelay(true)?;
-        let mut link = Self { stream, next_request: 1 };
+        let mut link = Self {
+            stream,
+            next_request: 1,
+        };
         let mut body = json!({"version": 1, "token": super::TOKEN, "name": "faults"});
         for (key, value) in hello.as_object().expect("an object") {
             body[key] = value.clone();
         }
         let reply = link.call(HELLO, body.to_string().as_bytes())?;
-        Ok((link, serde_json::from_slice(&reply).map_err(io::Error::other)?))
+        Ok((
+            link,
+            serde_json::from_slice(&reply).map_err(io::Error::other)?,
+        ))
     }
 
     fn specs() -> Value {
@@ -203,7 +235,12 @@ impl Link {
         self.stream.read_exact(&mut head)?;
         let mut body = vec![0; u32::from_le_bytes(head[..4].try_into().expect("4 bytes")) as usize];
         self.stream.read_exact(&mut body)?;
-        Ok(Frame { verb: head[4], more: head[5] & 1 == 1, request: u32::from_le_bytes(head[8..].try_into().expect("4 bytes")), body })
+        Ok(Frame {
+            verb: head[4],
+            more: head[5] & 1 == 1,
+            request: u32::from_le_bytes(head[8..].try_into().expect("4 bytes")),
+            body,
+        })
     }
 
     fn request(&mut self) -> u32 {
@@ -225,7 +262,11 @@ impl Link {
                         return Ok(all);
                     }
                 }
-                ERROR => return Err(io::Error::other(String::from_utf8_lossy(&frame.body).into_owned())),
+                ERROR => {
+                    return Err(io::Error::other(
+                        String::from_utf8_lossy(&frame.body).into_owned(),
+                    ));
+                }
                 _ => return Err(io::Error::other(format!("unexpected verb {}", frame.verb))),
             }
         }
@@ -248,13 +289,19 @@ impl<'a> Cursor<'a> {
         Ok(self.bytes(1)?[0])
     }
     fn u16(&mut self) -> io::Result<u16> {
-        Ok(u16::from_le_bytes(self.bytes(2)?.try_into().expect("2 bytes")))
+        Ok(u16::from_le_bytes(
+            self.bytes(2)?.try_into().expect("2 bytes"),
+        ))
     }
     fn u32(&mut self) -> io::Result<u32> {
-        Ok(u32::from_le_bytes(self.bytes(4)?.try_into().expect("4 bytes")))
+        Ok(u32::from_le_bytes(
+            self.bytes(4)?.try_into().expect("4 bytes"),
+        ))
     }
     fn u64(&mut self) -> io::Result<u64> {
-        Ok(u64::from_le_bytes(self.bytes(8)?.try_into().expect("8 bytes")))
+        Ok(u64::from_le_bytes(
+            self.bytes(8)?.try_into().expect("8 bytes"),
+        ))
     }
 }
 
@@ -272,7 +319,13 @@ fn node(spec: u32, ranges: &[[u32; 3]], arguments: &[u8], delay_ms: u64) -> Vec<
 }
 
 /// Submits runs one batch after another until told to stop or an error; they start after `delay_ms`. The submission key is the plan's seed.
-pub fn submit(url: &str, journal: &Journal, plans: impl Iterator<Item = Plan>, batch: usize, delay_ms: u64) -> io::Result<()> {
+pub fn submit(
+    url: &str,
+    journal: &Journal,
+    plans: impl Iterator<Item = Plan>,
+    batch: usize,
+    delay_ms: u64,
+) -> io::Result<()> {
     let (mut link, _) = Link::connect(url, &json!({"kind": "client"}))?;
     link.send(DEFINE, 0, Link::specs().to_string().as_bytes())?;
     let mut plans = plans.peekable();
@@ -280,14 +333,23 @@ pub fn submit(url: &str, journal: &Journal, plans: impl Iterator<Item = Plan>, b
         let group: Vec<Plan> = plans.by_ref().take(batch).collect();
         let mut body = (group.len() as u32).to_le_bytes().to_vec();
         for plan in &group {
-            journal.sent.lock().expect("journal").insert(plan.seed, *plan);
+            journal
+                .sent
+                .lock()
+                .expect("journal")
+                .insert(plan.seed, *plan);
             let key = plan.seed.to_le_bytes();
             body.extend((key.len() as u16).to_le_bytes());
             body.extend(key);
             body.extend(0u16.to_le_bytes());
             body.extend(1u32.to_le_bytes());
             body.extend(0u32.to_le_bytes());
-            body.extend(node(u32::from(plan.width == 0), &[], &plan.encode(0), delay_ms));
+            body.extend(node(
+                u32::from(plan.width == 0),
+                &[],
+                &plan.encode(0),
+                delay_ms,
+            ));
         }
         let reply = link.call(SUBMIT, &body)?;
         let mut reply = Cursor(&reply);
@@ -295,10 +357,16 @@ pub fn submit(url: &str, journal: &Journal, plans: impl Iterator<Item = Plan>, b
         for plan in &group[..n] {
             if reply.u8()? == 0 {
                 let length = reply.u16()?.into();
-                return Err(io::Error::other(String::from_utf8_lossy(reply.bytes(length)?).into_owned()));
+                return Err(io::Error::other(
+                    String::from_utf8_lossy(reply.bytes(length)?).into_owned(),
+                ));
             }
             let (seq, salt) = (reply.u64()?, reply.u64()?);
-            journal.ack(Ack::Submitted { seq, salt, plan: *plan });
+            journal.ack(Ack::Submitted {
+                seq,
+                salt,
+                plan: *plan,
+            });
         }
     }
     Ok(())
@@ -312,7 +380,10 @@ pub fn turn(url: &str, journal: &Journal, seq: u64, salt: u64, resume: bool) -> 
         link.call(RESUME, json!({"run": run}).to_string().as_bytes())?;
         journal.ack(Ack::Resumed { seq });
     } else {
-        link.call(CANCEL, json!({"run": run, "reason": "test"}).to_string().as_bytes())?;
+        link.call(
+            CANCEL,
+            json!({"run": run, "reason": "test"}).to_string().as_bytes(),
+        )?;
         journal.ack(Ack::Cancelled { seq });
     }
     Ok(())
@@ -366,15 +437,25 @@ pub struct Seat {
 /// Works until told to stop or the connection breaks.
 pub fn work(url: &str, journal: &Journal, seat: &mut Seat, credit: u32) -> io::Result<()> {
     let actions = Link::specs();
-    let (mut link, welcome) = Link::connect(url, &json!({"kind": "worker", "session": seat.session, "queues": ["default"], "tolerate": [], "actions": actions}))?;
+    let (mut link, welcome) = Link::connect(
+        url,
+        &json!({"kind": "worker", "session": seat.session, "queues": ["default"], "tolerate": [], "actions": actions}),
+    )?;
     seat.session = welcome["session"].as_str().map(str::to_owned);
     link.next_request = link.next_request.max(seat.next_request);
-    link.stream.set_read_timeout(Some(Duration::from_millis(100)))?;
+    link.stream
+        .set_read_timeout(Some(Duration::from_millis(100)))?;
     link.send(DEFINE, 0, Link::specs().to_string().as_bytes())?;
     let mut known = std::collections::BTreeSet::new();
     for (request, (body, acks)) in &seat.unanswered {
         link.send(FINISH, *request, body)?;
-        known.extend(acks.iter().filter_map(|ack| if let Ack::Finished { seq, node, .. } = ack { Some((*seq, u64::from(*node))) } else { None }));
+        known.extend(acks.iter().filter_map(|ack| {
+            if let Ack::Finished { seq, node, .. } = ack {
+                Some((*seq, u64::from(*node)))
+            } else {
+                None
+            }
+        }));
     }
     for lease in welcome["leases"].as_array().into_iter().flatten() {
         let (seq, node, attempt) = (number(&lease[0]), number(&lease[1]), number(&lease[2]));
@@ -396,7 +477,10 @@ pub fn work(url: &str, journal: &Journal, seat: &mut Seat, credit: u32) -> io::R
     let mut names: BTreeMap<u32, String> = BTreeMap::new();
     let mut later: Vec<Frame> = Vec::new();
     while !journal.stop.load(Ordering::Relaxed) {
-        let frame = match later.pop().map_or_else(|| link.receive_or_idle(), |frame| Ok(Some(frame)))? {
+        let frame = match later
+            .pop()
+            .map_or_else(|| link.receive_or_idle(), |frame| Ok(Some(frame)))?
+        {
             Some(frame) => frame,
             None => {
                 link.send(6, 0, &0u32.to_le_bytes())?; // heartbeat
@@ -407,7 +491,10 @@ pub fn work(url: &str, journal: &Journal, seat: &mut Seat, credit: u32) -> io::R
             SPECS => {
                 let specs: Value = serde_json::from_slice(&frame.body).map_err(io::Error::other)?;
                 for spec in specs.as_array().into_iter().flatten() {
-                    names.insert(spec["id"].as_u64().unwrap_or_default() as u32, spec["action"].as_str().unwrap_or_default().to_owned());
+                    names.insert(
+                        spec["id"].as_u64().unwrap_or_default() as u32,
+                        spec["action"].as_str().unwrap_or_default().to_owned(),
+                    );
                 }
             }
             LEASES => {
@@ -422,14 +509,21 @@ pub fn work(url: &str, journal: &Journal, seat: &mut Seat, credit: u32) -> io::R
                 }
                 let request = link.request();
                 seat.next_request = link.next_request;
-                journal.in_flight.fetch_add(acks.len() as u64, Ordering::Relaxed);
+                journal
+                    .in_flight
+                    .fetch_add(acks.len() as u64, Ordering::Relaxed);
                 seat.unanswered.insert(request, (body.clone(), acks));
                 link.send(FINISH, request, &body)?;
                 link.send(CREDIT, 0, &n.to_le_bytes())?;
             }
             REPLY => {
-                let (_, mut acks) = seat.unanswered.remove(&frame.request).ok_or_else(|| io::Error::other("a reply to nothing"))?;
-                journal.in_flight.fetch_sub(acks.len() as u64, Ordering::Relaxed);
+                let (_, mut acks) = seat
+                    .unanswered
+                    .remove(&frame.request)
+                    .ok_or_else(|| io::Error::other("a reply to nothing"))?;
+                journal
+                    .in_flight
+                    .fetch_sub(acks.len() as u64, Ordering::Relaxed);
                 let mut cursor = Cursor(&frame.body);
                 let mut refused = Vec::new();
                 for _ in 0..cursor.u32()? {
@@ -437,14 +531,23 @@ pub fn work(url: &str, journal: &Journal, seat: &mut Seat, credit: u32) -> io::R
                     let length = cursor.u16()?.into();
                     cursor.bytes(length)?;
                 }
-                for at in refused.into_iter().rev().filter(|at| *at < acks.len()).collect::<Vec<_>>() {
+                for at in refused
+                    .into_iter()
+                    .rev()
+                    .filter(|at| *at < acks.len())
+                    .collect::<Vec<_>>()
+                {
                     acks.remove(at);
                 }
                 for ack in acks {
                     journal.ack(ack);
                 }
             }
-            ERROR => return Err(io::Error::other(String::from_utf8_lossy(&frame.body).into_owned())),
+            ERROR => {
+                return Err(io::Error::other(
+                    String::from_utf8_lossy(&frame.body).into_owned(),
+                ));
+            }
             _ => {} // revocations: the outcome will be refused
         }
     }
@@ -452,7 +555,12 @@ pub fn work(url: &str, journal: &Journal, seat: &mut Seat, credit: u32) -> io::R
 }
 
 fn number(value: &Value) -> u64 {
-    value.as_u64().unwrap_or_else(|| value.as_str().and_then(|text| u64::from_str_radix(text, 16).ok()).unwrap_or_default())
+    value.as_u64().unwrap_or_else(|| {
+        value
+            .as_str()
+            .and_then(|text| u64::from_str_radix(text, 16).ok())
+            .unwrap_or_default()
+    })
 }
 
 impl Link {
@@ -462,12 +570,21 @@ impl Link {
         match self.stream.peek(&mut one) {
             Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) => {
-                self.stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+                self.stream
+                    .set_read_timeout(Some(Duration::from_secs(20)))?;
                 let frame = self.receive();
-                self.stream.set_read_timeout(Some(Duration::from_millis(100)))?;
+                self.stream
+                    .set_read_timeout(Some(Duration::from_millis(100)))?;
                 frame.map(Some)
             }
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => Ok(None),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                ) =>
+            {
+                Ok(None)
+            }
             Err(error) => Err(error),
         }
     }
@@ -493,28 +610,53 @@ fn leases(body: &[u8], names: &BTreeMap<u32, String>) -> io::Result<Vec<LeaseIte
         for _ in 0..n_inline {
             item(&mut cursor)?;
         }
-        let action = names.get(&spec).cloned().ok_or_else(|| io::Error::other("a lease before its spec"))?;
-        leases.push(LeaseItem { seq, node, attempt, token, action, ranges, arguments });
+        let action = names
+            .get(&spec)
+            .cloned()
+            .ok_or_else(|| io::Error::other("a lease before its spec"))?;
+        leases.push(LeaseItem {
+            seq,
+            node,
+            attempt,
+            token,
+            action,
+            ranges,
+            arguments,
+        });
     }
     Ok(leases)
 }
 
 /// Carries out one lease: the bytes of its FINISH item, and what its acknowledgement will mean.
-fn run(link: &mut Link, lease: &LeaseItem, journal: &Journal, later: &mut Vec<Frame>) -> io::Result<(Vec<u8>, Ack)> {
-    let (plan, index) = Plan::decode(&lease.arguments).ok_or_else(|| io::Error::other("arguments that nobody sent"))?;
+fn run(
+    link: &mut Link,
+    lease: &LeaseItem,
+    journal: &Journal,
+    later: &mut Vec<Frame>,
+) -> io::Result<(Vec<u8>, Ack)> {
+    let (plan, index) = Plan::decode(&lease.arguments)
+        .ok_or_else(|| io::Error::other("arguments that nobody sent"))?;
     let mut children: Vec<Vec<u8>> = Vec::new();
     let mut ranges: Vec<[u32; 3]> = Vec::new();
     let (end, body) = match lease.action.as_str() {
         "faults.fan" => {
             for index in 0..plan.width {
-                let spec = if mix(plan.seed ^ u64::from(index)) % 13 == 0 { 3 } else { 1 };
+                let spec = if mix(plan.seed ^ u64::from(index)) % 13 == 0 {
+                    3
+                } else {
+                    1
+                };
                 children.push(node(spec, &[], &plan.encode(index), 0));
             }
             children.push(node(2, &[[0, plan.width, 1 << 31]], &plan.encode(0), 0));
             ranges.push([plan.width, 1, 1 << 31]);
             (2, Vec::new())
         }
-        "faults.flaky" if lease.attempt == 1 => (4, br#"{"type": "faults.Flaky", "message": "not yet", "traceback": "", "pickle": null}"#.to_vec()),
+        "faults.flaky" if lease.attempt == 1 => (
+            4,
+            br#"{"type": "faults.Flaky", "message": "not yet", "traceback": "", "pickle": null}"#
+                .to_vec(),
+        ),
         "faults.join" => {
             let leaves = fetch(link, lease, later)?;
             for (at, leaf) in leaves.iter().enumerate() {
@@ -540,7 +682,15 @@ fn run(link: &mut Link, lease: &LeaseItem, journal: &Journal, later: &mut Vec<Fr
     out.extend(&body);
     out.extend(children.concat());
     let value = (end == 0).then_some(body);
-    Ok((out, Ack::Finished { seq: lease.seq, node: lease.node, attempt: lease.attempt, value }))
+    Ok((
+        out,
+        Ack::Finished {
+            seq: lease.seq,
+            node: lease.node,
+            attempt: lease.attempt,
+            value,
+        },
+    ))
 }
 
 fn fetch(link: &mut Link, lease: &LeaseItem, later: &mut Vec<Frame>) -> io::Result<Vec<Vec<u8>>> {
@@ -553,9 +703,11 @@ fn fetch(link: &mut Link, lease: &LeaseItem, later: &mut Vec<Frame>) -> io::Resu
     link.send(FETCH, request, &body)?;
     let mut values = Vec::new();
     loop {
-        link.stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        link.stream
+            .set_read_timeout(Some(Duration::from_secs(20)))?;
         let frame = link.receive()?;
-        link.stream.set_read_timeout(Some(Duration::from_millis(100)))?;
+        link.stream
+            .set_read_timeout(Some(Duration::from_millis(100)))?;
         if frame.request != request || frame.verb != REPLY {
             later.insert(0, frame); // handled afterwards, in order of arrival
             continue;
@@ -575,7 +727,11 @@ fn fetch(link: &mut Link, lease: &LeaseItem, later: &mut Vec<Frame>) -> io::Resu
 }
 
 /// Starts a worker thread that reconnects until the journal's `stop`; `url` may change between connections.
-pub fn keep_working(url: Arc<Mutex<String>>, journal: Arc<Journal>, credit: u32) -> std::thread::JoinHandle<()> {
+pub fn keep_working(
+    url: Arc<Mutex<String>>,
+    journal: Arc<Journal>,
+    credit: u32,
+) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
         let mut seat = Seat::default();
         while !journal.stop.load(Ordering::Relaxed) {

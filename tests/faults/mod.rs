@@ -16,9 +16,16 @@ pub const TOKEN: &str = "faults";
 pub fn preload() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY.get_or_init(|| {
-        let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("preload-{}.so", std::process::id()));
+        let library = Path::new(env!("CARGO_TARGET_TMPDIR"))
+            .join(format!("preload-{}.so", std::process::id()));
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/faults/preload.c");
-        let status = Command::new("cc").args(["-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o"]).arg(&library).arg(&source).args(["-ldl", "-lpthread"]).status().expect("a C compiler: tests/run.sh installs one");
+        let status = Command::new("cc")
+            .args(["-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o"])
+            .arg(&library)
+            .arg(&source)
+            .args(["-ldl", "-lpthread"])
+            .status()
+            .expect("a C compiler: tests/run.sh installs one");
         assert!(status.success(), "tests/faults/preload.c does not compile");
         library
     })
@@ -59,31 +66,65 @@ impl Server {
     /// Starts the real binary on a data directory. Its standard error goes to `<dir>.log`.
     pub fn start(data: &Path, setup: &Setup) -> Result<Self, Ended> {
         let config = data.with_extension("toml");
-        std::fs::write(&config, format!("[server]\ndata_dir = {:?}\nlisten = \"127.0.0.1:0\"\n{}", data.display().to_string(), setup.config)).expect("a writable test directory");
+        std::fs::write(
+            &config,
+            format!(
+                "[server]\ndata_dir = {:?}\nlisten = \"127.0.0.1:0\"\n{}",
+                data.display().to_string(),
+                setup.config
+            ),
+        )
+        .expect("a writable test directory");
         let log = data.with_extension("log");
-        let stderr = std::fs::OpenOptions::new().create(true).append(true).open(&log).expect("a writable test directory");
+        let stderr = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .expect("a writable test directory");
         let before = std::fs::metadata(&log).map_or(0, |about| about.len());
         let mut command = Command::new(env!("CARGO_BIN_EXE_dagorama"));
-        command.args(["serve", "--ready-stdout", "--config"]).arg(&config).env("DAGORAMA_TOKEN", TOKEN).env("RUST_BACKTRACE", "1");
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
+        command
+            .args(["serve", "--ready-stdout", "--config"])
+            .arg(&config)
+            .env("DAGORAMA_TOKEN", TOKEN)
+            .env("RUST_BACKTRACE", "1");
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(stderr);
         if !setup.faults.is_empty() {
-            command.env("LD_PRELOAD", preload()).env("DAGORAMA_FAULT_DIR", data);
+            command
+                .env("LD_PRELOAD", preload())
+                .env("DAGORAMA_FAULT_DIR", data);
             for (name, value) in &setup.faults {
                 command.env(format!("DAGORAMA_FAULT_{name}"), value);
             }
         }
-        command.envs(setup.environment.iter().map(|(name, value)| (*name, value.as_str())));
+        command.envs(
+            setup
+                .environment
+                .iter()
+                .map(|(name, value)| (*name, value.as_str())),
+        );
         let mut child = command.spawn().expect("the binary under test");
         let mut line = String::new();
         let read = BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line);
         match read {
             Ok(n) if n > 0 => {
-                let ready: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("ready line {line:?}: {error}"));
-                Ok(Self { child, url: ready["native"].as_str().expect("a URL").to_owned(), ready })
+                let ready: serde_json::Value = serde_json::from_str(&line)
+                    .unwrap_or_else(|error| panic!("ready line {line:?}: {error}"));
+                Ok(Self {
+                    child,
+                    url: ready["native"].as_str().expect("a URL").to_owned(),
+                    ready,
+                })
             }
             _ => {
                 let status = child.wait().expect("waiting for a child");
-                Err(Ended { status, stderr: tail(&log, before) })
+                Err(Ended {
+                    status,
+                    stderr: tail(&log, before),
+                })
             }
         }
     }
@@ -98,7 +139,10 @@ impl Server {
     pub fn ended(mut self, data: &Path, patience: Duration) -> Option<Ended> {
         for _ in 0..patience.as_millis() / 10 {
             if let Some(status) = self.child.try_wait().expect("waiting for a child") {
-                return Some(Ended { status, stderr: tail(&data.with_extension("log"), 0) });
+                return Some(Ended {
+                    status,
+                    stderr: tail(&data.with_extension("log"), 0),
+                });
             }
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -119,5 +163,8 @@ fn tail(log: &Path, from: u64) -> String {
 
 /// A count from the environment, or the one that runs with each change.
 pub fn count(name: &str, each_change: u64) -> u64 {
-    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(each_change)
+    std::env::var(name)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(each_change)
 }

@@ -10,7 +10,11 @@ fn root() -> PathBuf {
 
 fn documents() -> Vec<PathBuf> {
     let mut found = vec![root().join("README.md"), root().join("CHANGELOG.md")];
-    let mut directories = vec![root().join("docs"), root().join("examples"), root().join("benches")];
+    let mut directories = vec![
+        root().join("docs"),
+        root().join("examples"),
+        root().join("benches"),
+    ];
     while let Some(directory) = directories.pop() {
         for entry in std::fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
@@ -28,7 +32,18 @@ fn documents() -> Vec<PathBuf> {
 fn named_files(text: &str) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
     for part in text.split('`').skip(1).step_by(2) {
-        let known = ["src/", "docs/", "tests/", "benches/", "bridges/", "config/", "examples/", "python/"].iter().any(|start| part.starts_with(start));
+        let known = [
+            "src/",
+            "docs/",
+            "tests/",
+            "benches/",
+            "bridges/",
+            "config/",
+            "examples/",
+            "python/",
+        ]
+        .iter()
+        .any(|start| part.starts_with(start));
         if known && !part.contains([' ', '*', '{', '…', '<', '\n']) {
             names.push(part.trim_end_matches([':', ',']).to_owned());
         }
@@ -50,7 +65,10 @@ fn every_file_the_documents_name_exists() {
         for name in named_files(&text) {
             let beside = document.parent().unwrap_or(Path::new("")).join(&name);
             if !root().join(&name).exists() && !beside.exists() {
-                missing.push(format!("{}: {name}", document.strip_prefix(root()).unwrap().display()));
+                missing.push(format!(
+                    "{}: {name}",
+                    document.strip_prefix(root()).unwrap().display()
+                ));
             }
         }
     }
@@ -59,23 +77,55 @@ fn every_file_the_documents_name_exists() {
 
 #[test]
 fn named_files_finds_what_is_named() {
-    assert_eq!(named_files("see `src/nothing.rs` and [that](docs/x.md#y) but not `cargo test` or [web](https://a.b)"), ["src/nothing.rs", "docs/x.md"]);
+    assert_eq!(
+        named_files(
+            "see `src/nothing.rs` and [that](docs/x.md#y) but not `cargo test` or [web](https://a.b)"
+        ),
+        ["src/nothing.rs", "docs/x.md"]
+    );
 }
 
 /// Every `dagorama …` command in a code block or in backquotes is one that the program has.
 #[test]
 fn every_command_in_the_documents_exists() {
-    let help = String::from_utf8(Command::new(env!("CARGO_BIN_EXE_dagorama")).arg("--help").output().unwrap().stdout).unwrap();
-    let known: BTreeSet<&str> = help.lines().skip_while(|line| !line.starts_with("Commands:")).skip(1).take_while(|line| line.starts_with("  ")).filter_map(|line| line.split_whitespace().next()).collect();
-    assert!(known.contains("serve") && known.contains("demo"), "{known:?}");
+    let help = String::from_utf8(
+        Command::new(env!("CARGO_BIN_EXE_dagorama"))
+            .arg("--help")
+            .output()
+            .unwrap()
+            .stdout,
+    )
+    .unwrap();
+    let known: BTreeSet<&str> = help
+        .lines()
+        .skip_while(|line| !line.starts_with("Commands:"))
+        .skip(1)
+        .take_while(|line| line.starts_with("  "))
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    assert!(
+        known.contains("serve") && known.contains("demo"),
+        "{known:?}"
+    );
     let mut wrong = Vec::new();
     for document in documents() {
         let text = std::fs::read_to_string(&document).unwrap();
         for line in text.lines() {
-            let Some(rest) = line.trim_start_matches(['$', ' ', '`']).strip_prefix("dagorama ") else { continue };
+            let Some(rest) = line
+                .trim_start_matches(['$', ' ', '`'])
+                .strip_prefix("dagorama ")
+            else {
+                continue;
+            };
             let word = rest.split([' ', '`']).next().unwrap_or_default();
-            if word.chars().all(|c| c.is_ascii_lowercase()) && !word.is_empty() && !known.contains(word) {
-                wrong.push(format!("{}: dagorama {word}", document.strip_prefix(root()).unwrap().display()));
+            if word.chars().all(|c| c.is_ascii_lowercase())
+                && !word.is_empty()
+                && !known.contains(word)
+            {
+                wrong.push(format!(
+                    "{}: dagorama {word}",
+                    document.strip_prefix(root()).unwrap().display()
+                ));
             }
         }
     }

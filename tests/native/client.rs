@@ -96,6 +96,22 @@ async fn a_fan_out_and_its_join() {
     world.stop().await;
 }
 
+/// The lease would be held, and its node open, for as long as the worker lives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outcome_that_the_broker_cannot_take_is_a_failure() {
+    let world = World::start().await;
+    let worker = Running::start(spreading(&world));
+    let client = world.client().await;
+    let too_many = Submit::call(&spec("spread"), Data::json(&100_000));
+    let got = outcome(&client, too_many).await;
+    assert_eq!(got.state, NodeState::Failed);
+    let error: serde_json::Value = got.data.to_json().expect("JSON");
+    let message = error["message"].as_str().unwrap_or_default();
+    assert!(message.contains("GRAPH_TOO_LARGE"), "{message}");
+    assert_eq!(worker.stop().await.refused, 1);
+    world.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_runs_of_two_workers_each_run_once() {
     let world = World::start().await;

@@ -29,7 +29,8 @@ struct Recording {
 }
 
 fn scratch(name: &str) -> PathBuf {
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("power-{name}-{}", std::process::id()));
+    let path =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("power-{name}-{}", std::process::id()));
     drop(std::fs::remove_dir_all(&path));
     std::fs::create_dir_all(&path).unwrap();
     path
@@ -37,21 +38,42 @@ fn scratch(name: &str) -> PathBuf {
 
 /// Runs a workload under the recorder. `config` is added to the small-log configuration, `plans` is what is submitted, `turns` whether runs are
 /// cancelled and resumed as well.
-fn record(name: &'static str, config: &str, plans: Vec<Plan>, batch: usize, turns: bool) -> Recording {
+fn record(
+    name: &'static str,
+    config: &str,
+    plans: Vec<Plan>,
+    batch: usize,
+    turns: bool,
+) -> Recording {
     let dir = scratch(name);
     let (data, trace) = (dir.join("data"), dir.join("trace"));
-    let setup = Setup { config: format!("{SMALL_LOG}{config}"), faults: vec![("TRACE", trace.display().to_string())], ..Setup::default() };
+    let setup = Setup {
+        config: format!("{SMALL_LOG}{config}"),
+        faults: vec![("TRACE", trace.display().to_string())],
+        ..Setup::default()
+    };
     let server = Server::start(&data, &setup).unwrap_or_else(|ended| panic!("{name}: {ended:?}"));
-    let journal = Arc::new(Journal { trace: Some(trace.clone()), ..Journal::default() });
+    let journal = Arc::new(Journal {
+        trace: Some(trace.clone()),
+        ..Journal::default()
+    });
     let url = Arc::new(Mutex::new(server.url.clone()));
-    let workers: Vec<_> = (0..2).map(|_| driver::keep_working(Arc::clone(&url), Arc::clone(&journal), 64)).collect();
+    let workers: Vec<_> = (0..2)
+        .map(|_| driver::keep_working(Arc::clone(&url), Arc::clone(&journal), 64))
+        .collect();
     driver::submit(&server.url, &journal, plans.into_iter(), batch, 0).unwrap();
     let submitted: Vec<(u64, u64, Plan)> = journal
         .acks
         .lock()
         .unwrap()
         .iter()
-        .filter_map(|(_, ack)| if let Ack::Submitted { seq, salt, plan } = ack { Some((*seq, *salt, *plan)) } else { None })
+        .filter_map(|(_, ack)| {
+            if let Ack::Submitted { seq, salt, plan } = ack {
+                Some((*seq, *salt, *plan))
+            } else {
+                None
+            }
+        })
         .collect();
     if turns {
         for (seq, salt, _) in submitted.iter().rev().take(40) {
@@ -62,8 +84,12 @@ fn record(name: &'static str, config: &str, plans: Vec<Plan>, batch: usize, turn
         }
     }
     for (seq, salt, plan) in &submitted {
-        let (state, value) = driver::wait(&server.url, *seq, *salt, Duration::from_secs(60)).unwrap();
-        assert!(turns || state == 5 && value == plan.value(), "{name}: run {seq:x} ended in state {state}");
+        let (state, value) =
+            driver::wait(&server.url, *seq, *salt, Duration::from_secs(60)).unwrap();
+        assert!(
+            turns || state == 5 && value == plan.value(),
+            "{name}: run {seq:x} ended in state {state}"
+        );
     }
     std::thread::sleep(Duration::from_millis(400)); // seals, and the state store takes the rest
     journal.stop.store(true, Ordering::Relaxed);
@@ -74,9 +100,18 @@ fn record(name: &'static str, config: &str, plans: Vec<Plan>, batch: usize, turn
     let ops = replay::read_trace(&trace).unwrap();
     let acks = std::mem::take(&mut *journal.acks.lock().unwrap());
     let sent = std::mem::take(&mut *journal.sent.lock().unwrap());
-    assert_eq!(journal.wrong_reads.load(Ordering::Relaxed), 0, "{name}: a join read a wrong value");
+    assert_eq!(
+        journal.wrong_reads.load(Ordering::Relaxed),
+        0,
+        "{name}: a join read a wrong value"
+    );
     drop(std::fs::remove_dir_all(&dir));
-    Recording { ops, acks, sent, name }
+    Recording {
+        ops,
+        acks,
+        sent,
+        name,
+    }
 }
 
 fn plan(seed: u64, width: u32, large: bool) -> Plan {
@@ -86,11 +121,41 @@ fn plan(seed: u64, width: u32, large: bool) -> Plan {
 fn recordings(seed: u64) -> Vec<Recording> {
     let base = seed << 32;
     vec![
-        record("small-runs", "", (0..600).map(|i| plan(base + i, 0, false)).collect(), 4, false),
-        record("fans-and-payloads", "", (0..24).map(|i| plan(base + 10_000 + i, 20 + (i as u32 * 7) % 60, true)).collect(), 2, false),
-        record("cancel-and-resume", "", (0..160).map(|i| plan(base + 20_000 + i, 1 + i as u32 % 5, i % 3 == 0)).collect(), 8, true),
+        record(
+            "small-runs",
+            "",
+            (0..600).map(|i| plan(base + i, 0, false)).collect(),
+            4,
+            false,
+        ),
+        record(
+            "fans-and-payloads",
+            "",
+            (0..24)
+                .map(|i| plan(base + 10_000 + i, 20 + (i as u32 * 7) % 60, true))
+                .collect(),
+            2,
+            false,
+        ),
+        record(
+            "cancel-and-resume",
+            "",
+            (0..160)
+                .map(|i| plan(base + 20_000 + i, 1 + i as u32 % 5, i % 3 == 0))
+                .collect(),
+            8,
+            true,
+        ),
         // Enough churn, with deletion behind it, that the log is shortened again and again and sled reuses its segments.
-        record("churn", "", (0..16_000).map(|i| plan(base + 30_000 + i, u32::from(i % 100 == 0) * 30, false)).collect(), 50, false),
+        record(
+            "churn",
+            "",
+            (0..16_000)
+                .map(|i| plan(base + 30_000 + i, u32::from(i % 100 == 0) * 30, false))
+                .collect(),
+            50,
+            false,
+        ),
     ]
 }
 
@@ -110,7 +175,15 @@ struct Found {
 fn images(recording: &Recording, n: u64, blind: Blind, seed: u64) -> Found {
     let mut random = Random(seed ^ 0x5eed);
     let mut found = Found::default();
-    let dir = Path::new("/dev/shm").is_dir().then(|| PathBuf::from("/dev/shm")).unwrap_or_else(std::env::temp_dir).join(format!("dagorama-power-{}-{}", recording.name, std::process::id()));
+    let dir = Path::new("/dev/shm")
+        .is_dir()
+        .then(|| PathBuf::from("/dev/shm"))
+        .unwrap_or_else(std::env::temp_dir)
+        .join(format!(
+            "dagorama-power-{}-{}",
+            recording.name,
+            std::process::id()
+        ));
     let total = recording.ops.len() as u64;
     let mut points: Vec<u64> = (0..n).map(|_| random.below(total + 1)).collect();
     points.sort_unstable();
@@ -119,7 +192,10 @@ fn images(recording: &Recording, n: u64, blind: Blind, seed: u64) -> Found {
     for point in points {
         while at < point {
             let op = &recording.ops[at as usize];
-            found.shortened += u64::from(op.kind == b'R' && op.path.contains("/log/") || op.kind == b'U' && op.path.contains("/log/"));
+            found.shortened += u64::from(
+                op.kind == b'R' && op.path.contains("/log/")
+                    || op.kind == b'U' && op.path.contains("/log/"),
+            );
             if op.kind == b'W' && op.path.contains("/state/") {
                 found.reused += u64::from(op.offset + (4 << 20) < state_end);
                 state_end = state_end.max(op.offset);
@@ -136,11 +212,23 @@ fn images(recording: &Recording, n: u64, blind: Blind, seed: u64) -> Found {
         std::fs::create_dir_all(&dir).unwrap();
         let data = dir.join("data");
         replay::write_image(&image, &data).unwrap();
-        let reached = if at == 0 { 0 } else { recording.ops[at as usize - 1].trace_end };
-        let owed: Vec<Ack> = recording.acks.iter().filter(|(position, _)| *position <= reached).map(|(_, ack)| ack.clone()).collect();
+        let reached = if at == 0 {
+            0
+        } else {
+            recording.ops[at as usize - 1].trace_end
+        };
+        let owed: Vec<Ack> = recording
+            .acks
+            .iter()
+            .filter(|(position, _)| *position <= reached)
+            .map(|(_, ack)| ack.clone())
+            .collect();
         match faults::check::store(&data, &owed, &recording.sent) {
             Ok(checked) => found.acks += checked.acks,
-            Err(failure) => found.failures.push(format!("{}, cut after operation {at} of {total}: {failure}", recording.name)),
+            Err(failure) => found.failures.push(format!(
+                "{}, cut after operation {at} of {total}: {failure}",
+                recording.name
+            )),
         }
     }
     drop(std::fs::remove_dir_all(&dir));
@@ -158,7 +246,16 @@ fn power_cuts_lose_nothing_and_the_checker_would_see_it() {
     let mut failures = Vec::new();
     for recording in &recordings {
         let found = images(recording, n / recordings.len() as u64, Blind::No, seed);
-        println!("{}: {} operations, {} images ({} distinct), log segments recycled or removed {} times, {} writes of sled into used segments, {} failures", recording.name, recording.ops.len(), found.images, found.distinct.len(), found.shortened, found.reused, found.failures.len());
+        println!(
+            "{}: {} operations, {} images ({} distinct), log segments recycled or removed {} times, {} writes of sled into used segments, {} failures",
+            recording.name,
+            recording.ops.len(),
+            found.images,
+            found.distinct.len(),
+            found.shortened,
+            found.reused,
+            found.failures.len()
+        );
         total += found.images;
         distinct += found.distinct.len() as u64;
         acks += found.acks;
@@ -176,20 +273,49 @@ fn power_cuts_lose_nothing_and_the_checker_would_see_it() {
         "{{\"suite\": \"crash_power\", \"rounds\": {total}, \"distinct\": {distinct}, \"acked\": {acks}, \"lost\": {}, \"mutants_caught\": {caught:?}, \"log_shortened\": {shortened}, \"seconds\": {seconds}, \"seed\": {seed}}}",
         failures.len()
     );
-    assert!(failures.is_empty(), "{} of {total} images failed:\n{}", failures.len(), failures.iter().take(10).cloned().collect::<Vec<_>>().join("\n"));
-    assert!(caught.values().all(|failures| *failures > 0), "a missing sync was not noticed: {caught:?}");
-    assert!(distinct >= n * 9 / 10, "only {distinct} of {total} images differ");
-    assert!(shortened >= 3, "the log was shortened only {shortened} times");
+    assert!(
+        failures.is_empty(),
+        "{} of {total} images failed:\n{}",
+        failures.len(),
+        failures
+            .iter()
+            .take(10)
+            .cloned()
+            .collect::<Vec<_>>()
+            .join("\n")
+    );
+    assert!(
+        caught.values().all(|failures| *failures > 0),
+        "a missing sync was not noticed: {caught:?}"
+    );
+    assert!(
+        distinct >= n * 9 / 10,
+        "only {distinct} of {total} images differ"
+    );
+    assert!(
+        shortened >= 3,
+        "the log was shortened only {shortened} times"
+    );
 }
 
 #[test]
 fn replay_keeps_what_was_synced_and_may_lose_the_rest() {
-    let op = |kind: u8, offset: u64, data: &[u8]| Op { kind, path: "/a".into(), second: String::new(), offset, data: data.to_vec(), trace_end: 0 };
+    let op = |kind: u8, offset: u64, data: &[u8]| Op {
+        kind,
+        path: "/a".into(),
+        second: String::new(),
+        offset,
+        data: data.to_vec(),
+        trace_end: 0,
+    };
     let mut replay = Replay::new(Blind::No);
     replay.step(&op(b'C', 0, b""));
     replay.step(&op(b'W', 0, b"one"));
     replay.step(&op(b'S', 0, b""));
-    replay.step(&Op { path: String::new(), ..op(b'D', 0, b"") });
+    replay.step(&Op {
+        path: String::new(),
+        ..op(b'D', 0, b"")
+    });
     replay.step(&op(b'W', 3, b"two"));
     let (mut with, mut without) = (0, 0);
     let mut random = Random(1);
@@ -200,5 +326,8 @@ fn replay_keeps_what_was_synced_and_may_lose_the_rest() {
             other => panic!("{other:?}"),
         }
     }
-    assert!(with > 20 && without > 20, "{with} with, {without} without the unsynced write");
+    assert!(
+        with > 20 && without > 20,
+        "{with} with, {without} without the unsynced write"
+    );
 }

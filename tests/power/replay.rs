@@ -40,12 +40,20 @@ pub fn read_trace(path: &Path) -> io::Result<Vec<Op>> {
         let head = &bytes[at..at + 24];
         let u16_at = |i: usize| usize::from(u16::from_le_bytes([head[i], head[i + 1]]));
         let u64_at = |i: usize| u64::from_le_bytes(head[i..i + 8].try_into().expect("8 bytes"));
-        let (kind, first, second, offset, length) = (head[0], u16_at(2), u16_at(4), u64_at(8), u64_at(16) as usize);
+        let (kind, first, second, offset, length) = (
+            head[0],
+            u16_at(2),
+            u16_at(4),
+            u64_at(8),
+            u64_at(16) as usize,
+        );
         let end = at + 24 + first + second + length;
         if end > bytes.len() {
             break;
         }
-        let text = |from: usize, length: usize| String::from_utf8_lossy(&bytes[from..from + length]).into_owned();
+        let text = |from: usize, length: usize| {
+            String::from_utf8_lossy(&bytes[from..from + length]).into_owned()
+        };
         ops.push(Op {
             kind,
             path: text(at + 24, first),
@@ -120,7 +128,10 @@ pub struct Replay {
 impl Replay {
     /// A replay that pretends not to see some syncs.
     pub fn new(blind: Blind) -> Self {
-        Self { blind: Some(blind), ..Self::default() }
+        Self {
+            blind: Some(blind),
+            ..Self::default()
+        }
     }
 
     /// Carries out the next operation.
@@ -130,17 +141,37 @@ impl Replay {
             b'C' => {
                 let inode = self.inodes.len();
                 self.inodes.push(Inode::default());
-                self.rename_names(NameChange::Create { path: op.path.clone(), inode });
+                self.rename_names(NameChange::Create {
+                    path: op.path.clone(),
+                    inode,
+                });
             }
-            b'R' => self.rename_names(NameChange::Rename { from: op.path.clone(), to: op.second.clone() }),
+            b'R' => self.rename_names(NameChange::Rename {
+                from: op.path.clone(),
+                to: op.second.clone(),
+            }),
             b'U' => self.rename_names(NameChange::Unlink(op.path.clone())),
             b'M' => self.rename_names(NameChange::MakeDir(op.path.clone())),
             b'X' => self.rename_names(NameChange::RemoveDir(op.path.clone())),
-            b'W' => self.change(&op.path, Change::Write { offset: op.offset as usize, data: op.data.clone() }),
+            b'W' => self.change(
+                &op.path,
+                Change::Write {
+                    offset: op.offset as usize,
+                    data: op.data.clone(),
+                },
+            ),
             b'T' => self.change(&op.path, Change::Truncate(op.offset as usize)),
             b'P' => {
-                let length = u64::from_le_bytes(op.data[..8].try_into().expect("a punch carries its length")) as usize;
-                self.change(&op.path, Change::Punch { offset: op.offset as usize, length });
+                let length = u64::from_le_bytes(
+                    op.data[..8].try_into().expect("a punch carries its length"),
+                ) as usize;
+                self.change(
+                    &op.path,
+                    Change::Punch {
+                        offset: op.offset as usize,
+                        length,
+                    },
+                );
             }
             b'S' if !blind.ignores(&op.path) => {
                 if let Some(Some(inode)) = self.now.get(&op.path).copied() {
@@ -180,7 +211,14 @@ impl Replay {
     pub fn image(&self, random: &mut Random) -> BTreeMap<String, Option<Vec<u8>>> {
         let mut names = self.durable.clone();
         let strict = random.below(2) == 0;
-        let certain = if strict { 0 } else { self.pending.iter().take_while(|(_, only_directory)| !only_directory).count() };
+        let certain = if strict {
+            0
+        } else {
+            self.pending
+                .iter()
+                .take_while(|(_, only_directory)| !only_directory)
+                .count()
+        };
         let kept = certain + random.below((self.pending.len() - certain + 1) as u64) as usize;
         for (change, _) in &self.pending[..kept] {
             rename(&mut names, change);
@@ -194,11 +232,15 @@ impl Replay {
             };
             let inode = &self.inodes[inode];
             let mut content = inode.durable.clone();
-            let upto = if policy == 2 { random.below(inode.pending.len() as u64 + 1) as usize } else { inode.pending.len() };
+            let upto = if policy == 2 {
+                random.below(inode.pending.len() as u64 + 1) as usize
+            } else {
+                inode.pending.len()
+            };
             for (i, change) in inode.pending[..upto].iter().enumerate() {
                 match policy {
-                    0 => break,                          // nothing after the last sync
-                    1 => apply(&mut content, change),    // everything
+                    0 => break,                                       // nothing after the last sync
+                    1 => apply(&mut content, change),                 // everything
                     2 if i + 1 < upto => apply(&mut content, change), // in order, the last one torn
                     _ => tear(&mut content, change, random),
                 }
@@ -222,7 +264,11 @@ fn rename(names: &mut Names, change: &NameChange) {
         }
         NameChange::Rename { from, to } => {
             let below = format!("{from}/");
-            let moved: Vec<String> = names.keys().filter(|name| *name == from || name.starts_with(&below)).cloned().collect();
+            let moved: Vec<String> = names
+                .keys()
+                .filter(|name| *name == from || name.starts_with(&below))
+                .cloned()
+                .collect();
             for name in moved {
                 let what = names.remove(&name).expect("just listed");
                 names.insert(format!("{to}{}", &name[from.len()..]), what);
@@ -262,7 +308,13 @@ fn tear(content: &mut Vec<u8>, change: &Change, random: &mut Random) {
         let sector_end = ((offset + from) / SECTOR + 1) * SECTOR - offset;
         let to = sector_end.min(data.len());
         if random.below(2) == 0 {
-            apply(content, &Change::Write { offset: offset + from, data: data[from..to].to_vec() });
+            apply(
+                content,
+                &Change::Write {
+                    offset: offset + from,
+                    data: data[from..to].to_vec(),
+                },
+            );
         }
         from = to;
     }

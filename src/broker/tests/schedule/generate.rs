@@ -403,7 +403,6 @@ impl Schedule {
             specs,
             children,
         };
-        self.created.push(request.clone());
         Command::CreateChildren(request)
     }
 }

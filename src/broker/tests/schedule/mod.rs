@@ -86,6 +86,7 @@ pub(in crate::broker::tests) struct Schedule {
     leases: Vec<(NodeKey, Attempt, LeaseToken)>,
     /// Completions that were sent, to send them again.
     sent: Vec<Completion>,
+    /// Creations that were accepted, to send them again.
     created: Vec<CreateChildren>,
     submitted: Vec<Submission>,
     mutant: Mutant,
@@ -273,6 +274,9 @@ impl Schedule {
         }
         if matches!(command, Command::Touch(_)) && tx.effects.is_empty() && !tx.facts.is_empty() {
             return Err(format!("a heartbeat wrote {:?}", tx.facts));
+        }
+        if let (Command::CreateChildren(request), Reply::Created(Ok(_))) = (&command, &reply) {
+            self.created.push(request.clone());
         }
         self.written(&tx)?;
         self.oracle.turn(turn);
