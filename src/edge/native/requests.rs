@@ -43,7 +43,7 @@ pub(super) fn unexpected() -> Rejection {
 pub(super) async fn take(
     peer: &mut Peer,
     frame: Frame,
-    charge: OwnedSemaphorePermit,
+    charge: Option<OwnedSemaphorePermit>,
 ) -> Result<(), End> {
     match frame.verb {
         Verb::Hello => {
@@ -127,7 +127,7 @@ struct Request {
     outgoing: Outgoing,
     handle: Handle,
     reads: Arc<Semaphore>,
-    _held: (OwnedSemaphorePermit, OwnedSemaphorePermit),
+    _held: (Option<OwnedSemaphorePermit>, OwnedSemaphorePermit),
 }
 
 impl Request {
