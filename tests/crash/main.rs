@@ -128,11 +128,11 @@ fn kill_rounds() {
         // The second kill, while it recovers or just after.
         match Server::start(&data, &setup) {
             Ok(second) => {
-                let (sled, log) = (
+                let (from_sled, from_log) = (
                     second.ready["from_sled"].as_u64().unwrap(),
                     second.ready["from_log"].as_u64().unwrap(),
                 );
-                mostly_from_sled += u64::from(sled * 10 >= (sled + log) * 9);
+                mostly_from_sled += u64::from(from_sled * 10 >= (from_sled + from_log) * 9);
                 *url.lock().unwrap() = second.url.clone();
                 std::thread::sleep(Duration::from_millis(round % 40));
                 second.kill();
@@ -301,12 +301,13 @@ fn killed_at_every_seventh_call() {
     drop(std::fs::remove_dir_all(&dir));
 }
 
+const EIO: i32 = 5;
+const ENOSPC: i32 = 28;
+
 #[test]
 fn failing_calls_stop_the_broker_and_lose_nothing() {
     let dir = scratch("errors");
     let points = faults::count("FAULTS", 200);
-    const EIO: i32 = 5;
-    const ENOSPC: i32 = 28;
     let kinds = [
         ("write", EIO),
         ("write", ENOSPC),

@@ -487,12 +487,10 @@ pub(crate) fn work(url: &str, journal: &Journal, seat: &mut Seat, credit: u32) -
     let mut names: BTreeMap<u32, String> = BTreeMap::new();
     let mut later: Vec<Frame> = Vec::new();
     while !journal.stop.load(Ordering::Relaxed) {
-        let frame = if let Some(frame) = later
+        let next = later
             .pop()
-            .map_or_else(|| link.receive_or_idle(), |frame| Ok(Some(frame)))?
-        {
-            frame
-        } else {
+            .map_or_else(|| link.receive_or_idle(), |frame| Ok(Some(frame)))?;
+        let Some(frame) = next else {
             link.send(6, 0, &0u32.to_le_bytes())?; // heartbeat
             continue;
         };
