@@ -30,7 +30,7 @@ const BATCH: usize = 256;
 /// First and longest wait before refused messages are offered again.
 const OFFER_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// How long a run may seem open before somebody asks whether it is: its end may have come before anybody listened.
-const ASK_AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+const ASK_AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_mins(1));
 
 /// A route and what it needs.
 pub(super) struct Inbound {

@@ -42,7 +42,7 @@ mod run;
 #[cfg(test)]
 mod scenes;
 #[cfg(test)]
-mod self_check;
+pub(crate) mod self_check;
 pub mod settings;
 mod spec;
 mod timer;

@@ -3,6 +3,8 @@
 //!
 //! Faults: commands repeated, late, forged or for what is gone; sessions that fall silent, detach, close, come back; restarts at
 //! any command. The seed decides everything and is in every message. `SEED=7` runs one, `SEEDS=5000` that many.
+//!
+//! What is kept, and how, is not known here: a [`Witness`] may go along, is given the same commits, and is compared.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -12,6 +14,55 @@ use super::fixtures::{Chance, payload, refusals, run_of, specs};
 use super::outcome::*;
 use super::types::*;
 use super::{Broker, OutputRule, Restoring, Settings};
+
+/// A store that goes along: it is given every commit, and is asked what it remembers.
+pub(crate) trait Witness {
+    /// What a turn has decided; never nothing.
+    fn commit(&mut self, now: Timestamp, facts: &[Fact]);
+    /// A body that says this, kept in whatever way.
+    fn payload(&mut self, text: &str) -> Payload;
+    /// What it has of a run, for adopting it; `None`: the list in memory will do.
+    fn facts_of(&mut self, run: RunSeq) -> Option<Vec<Fact>>;
+    /// The end of a step: a moment to be killed, to load and to be compared.
+    fn compare(&mut self, live: &Live<'_>);
+}
+
+/// The broker that a [`Witness`] is compared with.
+pub(crate) struct Live<'a> {
+    settings: &'a Settings,
+    fingerprint: &'a str,
+    now: Timestamp,
+    next_run: u64,
+    /// For messages.
+    pub(crate) seed: u64,
+    /// For messages.
+    pub(crate) command: u64,
+    /// Everything has ended: the last comparison.
+    pub(crate) is_last: bool,
+}
+
+impl Live<'_> {
+    /// Rebuilds a broker from what `load` gives, which returns the number of the next run. It must be this one.
+    pub(crate) fn assert_equal(&self, what: &str, load: impl FnOnce(&mut dyn FnMut(Fact)) -> u64) {
+        let mut restoring = Restoring::new(self.settings.clone(), SECRET);
+        let next_run = load(&mut |fact| restoring.absorb(fact));
+        let here = format!("{what}, seed {}, command {}", self.seed, self.command);
+        assert_eq!(next_run, self.next_run, "no number is given twice: {here}");
+        let broker = restoring.finish(self.now, next_run).expect(&here);
+        broker.check_invariants();
+        assert_same(self.fingerprint, &broker.fingerprint(), &here);
+    }
+}
+
+/// Names the first line that differs.
+fn assert_same(mine: &str, other: &str, here: &str) {
+    if mine != other {
+        for (a, b) in mine.lines().zip(other.lines()) {
+            assert_eq!(a, b, "live and rebuilt differ: {here}");
+        }
+        panic!("live and rebuilt differ in length: {here}");
+    }
+}
 
 struct Play {
     broker: Broker,
@@ -29,12 +80,13 @@ struct Play {
     seed: u64,
     commands: u64,
     refused: BTreeMap<&'static str, u64>,
+    witness: Option<Box<dyn Witness>>,
 }
 
 const SECRET: [u8; 16] = [7; 16];
 
 impl Play {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, witness: Option<Box<dyn Witness>>) -> Self {
         let settings = Settings {
             lease_ms: 300,
             detach_grace_ms: 50,
@@ -71,6 +123,14 @@ impl Play {
             seed,
             commands: 0,
             refused: BTreeMap::new(),
+            witness,
+        }
+    }
+
+    fn payload(&mut self, text: &str) -> Payload {
+        match &mut self.witness {
+            Some(witness) => witness.payload(text),
+            None => payload(text),
         }
     }
 
@@ -91,7 +151,8 @@ impl Play {
         }
         if self.chance.below(3) == 0 {
             let seq = RunSeq(1 + self.chance.below(self.broker.world.next_run));
-            self.twin.adopt(seq, self.facts_of(seq)).unwrap();
+            let facts = self.facts_of(seq);
+            self.twin.adopt(seq, facts).unwrap();
         }
         let turn = self.turn();
         let mut tx = Tx::default();
@@ -121,6 +182,11 @@ impl Play {
             assert_eq!(*last + 1, event, "I11 no gap, seed {}", self.seed);
             *last += n;
         }
+        if let Some(witness) = &mut self.witness
+            && !tx.facts.is_empty()
+        {
+            witness.commit(turn.now, &tx.facts);
+        }
         self.facts.append(&mut tx.facts);
         for effect in tx.effects {
             if let Effect::Lease(lease) = effect {
@@ -135,7 +201,11 @@ impl Play {
     }
 
     /// What the store would load of a run; nothing of a deleted one.
-    fn facts_of(&self, seq: RunSeq) -> Vec<Fact> {
+    fn facts_of(&mut self, seq: RunSeq) -> Vec<Fact> {
+        let witness = self.witness.as_mut();
+        if let Some(facts) = witness.and_then(|witness| witness.facts_of(seq)) {
+            return facts;
+        }
         let facts: Vec<Fact> = self
             .facts
             .iter()
@@ -178,17 +248,20 @@ impl Play {
         restoring.finish(self.broker.world.now, next_run).unwrap()
     }
 
-    fn compare(&mut self) {
+    fn compare(&mut self, is_last: bool) {
         let (mine, other) = (self.broker.fingerprint(), self.rebuilt().fingerprint());
-        if mine != other {
-            for (a, b) in mine.lines().zip(other.lines()) {
-                assert_eq!(
-                    a, b,
-                    "live and rebuilt differ, seed {} command {}",
-                    self.seed, self.commands
-                );
-            }
-            panic!("live and rebuilt differ in length, seed {}", self.seed);
+        let here = format!("seed {}, command {}", self.seed, self.commands);
+        assert_same(&mine, &other, &here);
+        if let Some(witness) = &mut self.witness {
+            witness.compare(&Live {
+                settings: &self.settings,
+                fingerprint: &mine,
+                now: self.broker.world.now,
+                next_run: self.broker.world.next_run,
+                seed: self.seed,
+                command: self.commands,
+                is_last,
+            });
         }
         if self.chance.below(4) == 0 {
             let reloaded = self.reloaded();
@@ -232,7 +305,7 @@ impl Play {
                 };
                 NewNode {
                     spec: self.chance.below(self.specs.len() as u64) as u32,
-                    arguments: payload("1"),
+                    arguments: self.payload("1"),
                     inputs,
                     delay,
                 }
@@ -286,7 +359,7 @@ impl Play {
         self.broker.runs.get(&key.run).map_or(Vec::new(), |run| {
             (0..run.len())
                 .filter(|node| {
-                    run.core(*node).parent == key.node.0 || run.state(*node) == NodeState::Succeeded
+                    run.core(*node).parent == key.node.0 || run.state(*node).is_terminal()
                 })
                 .map(NodeIndex)
                 .collect()
@@ -312,13 +385,13 @@ impl Play {
         let end = match self.chance.below(10) {
             0 => AttemptEnd::Released,
             1 | 2 => AttemptEnd::Failed {
-                error: payload("{}"),
+                error: self.payload("{}"),
                 retryable: self.chance.below(3) > 0,
                 timed_out: self.chance.below(4) == 0,
             },
             3 | 4 => match some(&mut self.chance) {
                 Some(node) => AttemptEnd::Tail(node),
-                None => AttemptEnd::Value(payload("2")),
+                None => AttemptEnd::Value(self.payload("2")),
             },
             5 | 6 => {
                 let references = (0..self.chance.below(3))
@@ -330,11 +403,11 @@ impl Play {
                     })
                     .collect();
                 AttemptEnd::Structure {
-                    body: payload("[]"),
+                    body: self.payload("[]"),
                     references,
                 }
             }
-            _ => AttemptEnd::Value(payload("3")),
+            _ => AttemptEnd::Value(self.payload("3")),
         };
         Completion {
             node: lease.node,
@@ -548,6 +621,7 @@ impl Play {
                 let key = KeyHash(100 + u128::from(self.chance.below(5)));
                 let identity =
                     [Identity::None, Identity::Key(key)][self.chance.below(2) as usize].clone();
+                let body = self.payload("?");
                 self.apply(Command::DeadLetter(vec![DeadLetter {
                     origin: Origin {
                         route: "in".into(),
@@ -557,7 +631,7 @@ impl Play {
                     reason: "x".into(),
                     attempts: 5,
                     coordinates: BTreeMap::new(),
-                    body: payload("?"),
+                    body,
                 }]));
             }
             34 => {
@@ -575,7 +649,7 @@ impl Play {
                 self.apply(Command::Tick);
             }
         }
-        self.compare();
+        self.compare(false);
     }
 
     /// Faults are over: a worker that can do everything, and time goes on.
@@ -639,29 +713,45 @@ impl Play {
             self.broker.fingerprint()
         );
         assert_eq!(self.broker.world.open_nodes, 0);
-        self.compare();
+        self.compare(true);
     }
 }
 
-#[test]
-fn random_commands_keep_every_invariant_and_the_rebuild_equal() {
-    let number = |name| std::env::var(name).ok().and_then(|n| n.parse().ok());
+/// What the plays of some seeds came to.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    pub(crate) commands: u64,
+    refused: BTreeMap<&'static str, u64>,
+}
+
+/// A number from the environment.
+pub(crate) fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
+/// Plays the seed that `SEED` names, or as many as `SEEDS` says, or `count`; each with a witness of its own.
+pub(crate) fn play(count: u64, witness: impl Fn(u64) -> Option<Box<dyn Witness>>) -> Tally {
     let seeds: Vec<u64> = match number("SEED") {
         Some(seed) => vec![seed],
-        None => (0..number("SEEDS").unwrap_or(200)).collect(),
+        None => (0..number("SEEDS").unwrap_or(count)).collect(),
     };
-    let mut refused: BTreeMap<&str, u64> = BTreeMap::new();
-    let mut commands = 0;
+    let mut tally = Tally::default();
     for seed in seeds {
-        let mut play = Play::new(seed);
+        let mut play = Play::new(seed, witness(seed));
         for _ in 0..150 {
             play.step();
         }
         play.end();
-        commands += play.commands;
+        tally.commands += play.commands;
         for (code, n) in play.refused {
-            *refused.entry(code).or_default() += n;
+            *tally.refused.entry(code).or_default() += n;
         }
     }
+    tally
+}
+
+#[test]
+fn random_commands_keep_every_invariant_and_the_rebuild_equal() {
+    let Tally { commands, refused } = play(200, |_| None);
     println!("{commands} commands; refused: {refused:?}");
 }

@@ -6,6 +6,8 @@
 
 mod layout;
 #[cfg(test)]
+mod play;
+#[cfg(test)]
 mod tests;
 
 use std::path::{Path, PathBuf};

@@ -323,6 +323,37 @@ fn a_sound_store_is_sound_and_stays_as_it_is() {
 }
 
 #[test]
+fn a_log_of_several_segments_is_sound() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("store");
+    let options = DurableOptions {
+        window_ms: 3_600_000,
+        segment_bytes: 4_096,
+        ..DurableOptions::small()
+    };
+    let mut store = Durable::open(&path, options).expect("open");
+    store.load(&mut |_| {}).expect("load");
+    for n in 1..200 {
+        let name = Fact::Name {
+            id: NameId(n),
+            name: format!("a name of some length, {n}").into(),
+        };
+        let batch = StorageBatch {
+            now: Timestamp(u64::from(n)),
+            facts: vec![name],
+        };
+        store.commit(batch).expect("commit");
+    }
+    drop(store);
+    let segments = fs::read_dir(path.join("log")).expect("list").count();
+    assert!(segments > 3, "{segments}");
+    let report = verify(&path, &VerifyOptions::default()).expect("a report");
+    assert!(report.is_sound(), "{report:#?}");
+    assert_eq!(report.totals.log_entries, 199);
+    assert!(report.sequence > 199, "rolls have numbers too");
+}
+
+#[test]
 fn a_store_in_use_is_refused_and_none_is_an_error() {
     let stage = Stage::tell(|_| {}, true);
     let store = Durable::open(&stage.path(), DurableOptions::small()).expect("open");
@@ -360,13 +391,26 @@ fn header(facts: &mut [Fact], run: u64, edit: impl Fn(&mut RunRecord)) {
 #[test]
 fn a_broken_story_is_told_by_its_invariant() {
     type Edit = fn(&mut Vec<Fact>);
-    let cases: [(&str, Edit); 17] = [
+    let cases: [(&str, Edit); 19] = [
         ("I2", |facts| {
             // Terminal, and then something else in the same round.
             facts.push(became(1, 0, 12, Progress::Open, 1));
         }),
         ("I3", |facts| replace(facts, 1, 8, leased(1, 1, 8, 3))),
         ("I4", |facts| facts.push(leased(2, 0, 5, 2))),
+        ("I5", |facts| {
+            // Skipped, and it waits for nothing.
+            facts.push(became(2, 1, 5, Progress::Skipped, 0));
+        }),
+        ("I5", |facts| {
+            // Settling, and it refers to nothing.
+            facts.push(outcome(2, 0, inline(b"[]")));
+            let mut settling = became(2, 0, 5, Progress::Settling, 1);
+            if let Fact::Node { record, .. } = &mut settling {
+                record.body = BodyEnd::Structure;
+            }
+            facts.push(settling);
+        }),
         ("I6", |facts| facts.push(leased(2, 2, 5, 1))),
         ("I7", |facts| {
             facts.retain(|fact| !matches!(fact, Fact::Spec { .. }));
@@ -435,6 +479,12 @@ fn a_broken_story_is_told_by_its_invariant() {
             facts.push(became(9, 0, 1, Progress::Open, 0));
         }),
     ];
+    let planted: Vec<&str> = cases.iter().map(|(id, _)| *id).collect();
+    for (id, _) in TEXTS {
+        // Damage has tests of its own, below.
+        let is_damage = ["I16", "I17"].contains(&id);
+        assert!(planted.contains(&id) != is_damage, "{id} is never broken");
+    }
     for (number, (id, edit)) in cases.into_iter().enumerate() {
         let report = Stage::tell(edit, number % 2 == 0).verify();
         let found = report.invariant(id).expect("an invariant");
