@@ -6,15 +6,14 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tracing::{error, info, warn};
 
-use crate::bridges::{self, Bridges};
+use crate::bridges::Bridges;
 use crate::broker::command::Rejection;
-use crate::broker::settings::Settings;
 use crate::cli;
 use crate::config::{self, Config, ConfigError, Listen, Override};
 use crate::edge::native::{self, Address, NativeOptions};
 use crate::engine::clock::Stopwatch;
-use crate::engine::{self, EngineOptions, Handle, StartError};
-use crate::storage::durable::{Durable, DurableOptions, Gauges};
+use crate::engine::{self, Handle, StartError};
+use crate::storage::durable::{Durable, Gauges};
 use crate::storage::{StorageError, sync_shim};
 
 /// Why a broker did not start, or ended.
@@ -96,26 +95,6 @@ pub fn configure(options: &cli::Serve) -> Result<Config, ConfigError> {
     Config::load(options.config.as_deref(), std::env::vars(), &changes)
 }
 
-fn settings(config: &Config) -> Settings {
-    let limits = &config.limits;
-    Settings {
-        lease_ms: config.leases.lease.as_ms(),
-        detach_grace_ms: config.leases.detach_grace.as_ms(),
-        dedup_window_ms: config.retention.dedup_window.as_ms(),
-        max_keys: limits.max_keys,
-        max_nodes_per_run: limits.max_nodes_per_run,
-        max_edges_per_run: limits.max_edges_per_run,
-        max_inputs: limits.max_inputs,
-        max_children: limits.max_children,
-        max_depth: limits.max_depth,
-        max_open_nodes: limits.max_open_nodes,
-        max_leases: limits.max_leases,
-        max_outbox: limits.max_outbox,
-        outputs: bridges::output_rules(config),
-        ..Settings::default()
-    }
-}
-
 /// A broker that is serving.
 pub struct Serving {
     /// Where it listens.
@@ -138,21 +117,8 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
     }
     let (token, token_place) = token(&config)?;
     let data_dir = config.server.data_dir.clone();
-    let options = EngineOptions {
-        settings: settings(&config),
-        retention_ms: config.retention.keep.as_ms(),
-        max_requests: config.limits.max_inflight_requests,
-        max_bytes: usize::try_from(config.limits.max_inflight_bytes.0).unwrap_or(usize::MAX),
-        ..EngineOptions::default()
-    };
-    let durable = DurableOptions {
-        segment_bytes: config.storage.segment.0,
-        window_ms: config.storage.window.as_ms(),
-        window_bytes: usize::try_from(config.storage.window_size.0).unwrap_or(usize::MAX),
-        min_free_bytes: config.storage.min_free.0,
-        min_free_permille: u64::from(config.storage.min_free_percent) * 10,
-        ..DurableOptions::default()
-    };
+    let options = config.engine_options();
+    let durable = config.durable_options(engine::clock::wall_now);
     let opened = tokio::task::spawn_blocking(move || -> Result<_, ServeError> {
         let store = Durable::open(&data_dir, durable)?;
         let gauges = store.gauges();

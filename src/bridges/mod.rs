@@ -54,18 +54,6 @@ pub struct Bridges {
     tasks: std::sync::Mutex<Vec<JoinHandle<()>>>,
 }
 
-/// The rules by which the broker decides what is owed to which output.
-#[must_use]
-pub fn output_rules(config: &Config) -> Vec<OutputRule> {
-    let rule = |output: &Output| OutputRule {
-        name: output.name.as_str().into(),
-        action: output.matches.action.clone(),
-        succeeded: output.matches.state.succeeded(),
-        failed: output.matches.state.failed(),
-    };
-    config.output.iter().map(rule).collect()
-}
-
 impl Bridges {
     /// Starts a task for each route and output of the configuration. Needs a runtime; trouble shows in [`Bridges::list`], it never stops
     /// the broker.

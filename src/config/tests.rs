@@ -59,7 +59,7 @@ fn every_refusal_names_place_key_value_and_way_out() {
         // Ranges.
         ("# x\n[leases]\nlease = \"500ms\"\n".into(), "b.toml:3", &["lease is 500ms", "from 1s to 1h", "[leases]"]),
         ("[leases]\nlease = \"2h\"\n".into(), "b.toml:2", &["from 1s to 1h"]),
-        ("[storage]\nsegment = \"4KiB\"\n".into(), "b.toml:2", &["segment is 4KiB", "from 64MiB to 1GiB"]),
+        ("[storage]\nsegment = \"4KiB\"\n".into(), "b.toml:2", &["segment is 4KiB", "to 1GiB"]),
         ("[storage]\nmin_free_percent = 90\n".into(), "b.toml:2", &["min_free_percent is 90", "50"]),
         ("[limits]\nmax_payload = \"65MiB\"\n".into(), "b.toml:2", &["max_payload is 65MiB", "64MiB"]),
         ("[limits]\nmax_children = 0\n".into(), "b.toml:2", &["max_children is 0"]),
