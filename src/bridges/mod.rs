@@ -24,7 +24,6 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::broker::OutputRule;
 use crate::broker::command::Rejection;
 use crate::config::{Config, Connection, Output, Route};
 use crate::engine::Handle;
