@@ -208,9 +208,12 @@ fn images(recording: &Recording, n: u64, blind: Blind, seed: u64) -> Found {
             at += 1;
         }
         let image = replay.image(&mut random);
-        let mut hash = std::hash::DefaultHasher::new();
-        std::hash::Hash::hash(&image, &mut hash);
-        found.distinct.insert(std::hash::Hasher::finish(&hash));
+        let mut hash = xxhash_rust::xxh3::Xxh3::new();
+        for (name, content) in &image {
+            hash.update(name.as_bytes());
+            hash.update(content.as_deref().unwrap_or_default());
+        }
+        found.distinct.insert(hash.digest());
         found.images += 1;
         drop(std::fs::remove_dir_all(&dir));
         std::fs::create_dir_all(&dir).unwrap();
