@@ -1,6 +1,11 @@
 //! `dagorama verify` as it is typed: exit codes, what it prints, and that it never changes a store. The sound store is the golden
 //! one, which has every kind of record; what is wrong with the others is planted in copies of it.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot read its own files has failed"
+)]
+
 #[path = "../golden/image.rs"]
 #[expect(
     dead_code,

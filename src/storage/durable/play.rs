@@ -44,7 +44,7 @@ impl InMemory {
         store.load(&mut |_| {}).expect("an empty store");
         Self {
             store,
-            gives_runs: seed % 2 == 0,
+            gives_runs: seed.is_multiple_of(2),
         }
     }
 }
@@ -117,7 +117,7 @@ impl OnDisk {
             options,
             store: None,
             chance,
-            gives_runs: seed % 2 == 0,
+            gives_runs: seed.is_multiple_of(2),
             counts,
         };
         let mut store = new.open();
