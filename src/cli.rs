@@ -28,7 +28,7 @@ pub struct Cli {
 /// How to reach a broker.
 #[derive(Debug, Clone, Args)]
 pub struct Connection {
-    /// Where the broker is: dagorama://HOST:PORT or dagorama+unix:///PATH.
+    /// Where the broker is: `dagorama://HOST:PORT` or `dagorama+unix:///PATH`.
     #[arg(
         long,
         env = "DAGORAMA_URL",

@@ -1,6 +1,7 @@
 //! The commands that talk to a broker, or look at files: ask, print, choose the exit code.
 
 use std::collections::BTreeMap;
+use std::net::ToSocketAddrs;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -73,18 +74,11 @@ async fn connect(connection: &Connection) -> Result<Client, Failed> {
 
 /// The token that `serve` left for this user, if there is one for that address.
 fn owners_token(url: &str) -> Option<String> {
-    let listen = match url.strip_prefix("dagorama+unix://") {
-        Some(path) => Listen::Unix(path.into()),
-        None => {
-            use std::net::ToSocketAddrs;
-            Listen::Tcp(
-                url.strip_prefix("dagorama://")?
-                    .trim_end_matches('/')
-                    .to_socket_addrs()
-                    .ok()?
-                    .next()?,
-            )
-        }
+    let listen = if let Some(path) = url.strip_prefix("dagorama+unix://") {
+        Listen::Unix(path.into())
+    } else {
+        let host = url.strip_prefix("dagorama://")?.trim_end_matches('/');
+        Listen::Tcp(host.to_socket_addrs().ok()?.next()?)
     };
     config::read_token(&config::token_file(&listen))
         .ok()
@@ -370,23 +364,24 @@ pub async fn show(connection: &Connection, run: &str, events: bool) -> Outcomes 
 pub async fn cancel(connection: &Connection, run: &str, reason: &str) -> Outcomes {
     let run = run_id(run)?;
     connect(connection).await?.cancel(run, reason).await?;
-    done(connection, run, "cancelled")
+    done(connection, run, "cancelled");
+    Ok(ExitCode::SUCCESS)
 }
 
 /// `retry`.
 pub async fn retry(connection: &Connection, run: &str) -> Outcomes {
     let run = run_id(run)?;
     connect(connection).await?.resume(run).await?;
-    done(connection, run, "resumed")
+    done(connection, run, "resumed");
+    Ok(ExitCode::SUCCESS)
 }
 
-fn done(connection: &Connection, run: RunId, what: &str) -> Outcomes {
+fn done(connection: &Connection, run: RunId, what: &str) {
     say(if connection.json {
         json!({"run": run.to_string(), "done": what}).to_string()
     } else {
         format!("{run} {what}")
     });
-    Ok(ExitCode::SUCCESS)
 }
 
 /// `explain`.

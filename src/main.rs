@@ -36,6 +36,7 @@ fn main() -> ExitCode {
 }
 
 async fn run(cli: Cli) -> Outcomes {
+    telemetry::tell_panics_of_sled();
     telemetry::start(if matches!(cli.command, Command::Serve(_)) {
         "info"
     } else {

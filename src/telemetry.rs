@@ -17,3 +17,20 @@ pub fn start(default: &str) {
     // A second start in one process (tests) keeps the first.
     drop(started);
 }
+
+/// Panics inside sled are its way to report a failed call; the storage thread catches them and stops the store with an error (G17). They are
+/// logged in a line instead of a backtrace. All other panics are bugs of ours and are shown as such.
+pub fn tell_panics_of_sled() {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let inside_sled = info
+            .location()
+            .is_some_and(|place| place.file().contains("/sled-0."));
+        if inside_sled {
+            let said = info.payload_as_str().unwrap_or("no reason given");
+            tracing::error!(said, "the state store failed inside sled");
+        } else {
+            default(info);
+        }
+    }));
+}

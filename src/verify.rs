@@ -1,5 +1,6 @@
 //! `dagorama verify`: checks a copy of a store and prints what was looked at, an invariant a line.
 
+use std::fmt::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -69,7 +70,11 @@ fn tell(as_json: bool, exit: u8, code: &str, message: &str) -> ExitCode {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    let mut text = String::with_capacity(2 * bytes.len());
+    for byte in bytes {
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
 }
 
 fn document(report: &VerifyReport) -> Value {

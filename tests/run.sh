@@ -42,10 +42,11 @@ cargo test --workspace
 say "Python: ruff, mypy --strict, pyright"
 (
     cd python
-    "../$venv/bin/ruff" check . ../examples
-    "../$venv/bin/ruff" format --check . ../examples
-    "../$venv/bin/mypy"
-    "../$venv/bin/pyright"
+    export PATH="$PWD/../$venv/bin:$PATH"
+    ruff check . ../examples ../benches
+    mypy src tests ../examples/pages.py ../benches/bench_actions.py --exclude 'typing/wrong.py'
+    (cd ../examples/crawl && mypy --config-file ../../python/pyproject.toml crawl.py verdict.py)
+    pyright src tests/*.py ../examples/pages.py ../examples/crawl/*.py ../benches/bench_actions.py
 )
 
 say "Python tests against the real broker"

@@ -19,7 +19,7 @@ from urllib.request import urlopen
 
 from dagorama import Retry, action
 
-COMMON = frozenset("a an and are as at be by can for from if in is it its not of on or that the this to we with you".split())
+COMMON = frozenset({"and", "are", "can", "for", "from", "its", "not", "that", "the", "this", "with", "you", "your", "will"})
 
 
 class Page(NamedTuple):

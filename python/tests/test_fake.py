@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from pathlib import Path
@@ -212,6 +213,42 @@ def test_lost_connections_are_invisible(flows: Any, fake: FakeBroker) -> None:
     ended = [entry[1][:2] for entry in fake.log if entry[0] == "end" and entry[1][3] < 3]
     assert len(ended) == len(set(ended)) == 62
     assert len(fake.runs) == 1
+
+
+def test_a_long_call_comes_back_to_its_lease_while_it_runs(flows: Any, fake: FakeBroker) -> None:
+    run = flows.leaves.submit(1, 1.5)
+    time.sleep(0.5)
+    busy = next(n.session for r in fake.runs for n in r.nodes if n.kind == "leased")
+    before = len(fake.log)
+    fake.drop()
+    time.sleep(0.6)
+    assert [c.session for c in fake.connections].count(busy) == 1, "its connection is there again before the call has ended"
+    hellos = [entry for entry in fake.log[before:] if entry[0] == "hello" and entry[1].get("session") == f"{busy:016x}"]
+    assert len(hellos) == 1
+    assert run.result(20) == 0
+    assert len([entry for entry in fake.log if entry[0] == "end" and entry[1][3] < 3]) == 3
+
+
+def test_stopping_is_no_answer(flows: Any, fake: FakeBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[str] = []
+
+    def once(verb: str) -> Any:
+        real = getattr(fake, f"_on_{verb}")
+
+        def handler(c: Any, request: int, body: bytes) -> None:
+            if refused.count(verb) < 1 and (verb != "hello" or json.loads(body)["kind"] == "worker"):
+                refused.append(verb)
+                fake._error(c, request, "STOPPING", "the broker is stopping")
+            else:
+                real(c, request, body)
+
+        return handler
+
+    for verb in ("fetch", "create", "hello"):
+        monkeypatch.setattr(fake, f"_on_{verb}", once(verb))
+    assert flows.fan.submit(400).result(30) == 159600
+    assert flows.flushed.submit(10).result(10) == 90
+    assert sorted(refused) == ["create", "fetch", "hello"]
 
 
 def test_a_late_outcome_is_refused_and_harms_nobody(flows: Any, fake: FakeBroker) -> None:

@@ -26,6 +26,7 @@ from dagorama._action import SPECS
 from dagorama._connection import Address
 from dagorama._current import RUNNING, Attempt
 from dagorama._exceptions import describe, rebuild
+from dagorama._executor import Executor, Slot
 from dagorama._msgpack import unpack
 from dagorama._payload import decode, decode_arguments, encode_result, read_values
 
@@ -550,3 +551,18 @@ def test_command_line_says_what_is_wrong(fake: FakeBroker, args: list[str], code
     env = {"PYTHONPATH": str(TESTS.parent / "src"), "DAGORAMA_URL": fake.url, "DAGORAMA_TOKEN": fake.token, "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-m", "dagorama", *args], cwd=TESTS, env=env, capture_output=True, text=True, timeout=30)
     assert done.returncode == code and text in done.stderr, done
+
+
+def test_a_lease_that_was_given_back_at_the_greeting_is_not_run_when_it_arrives() -> None:
+    executor = Executor(Address("dagorama://127.0.0.1:1"), "t", ["default"], [], Slot(bytearray(Slot.SIZE)))
+
+    def leases(*named: tuple[int, int, int]) -> bytes:
+        each = [w.LEASE.pack(1, 2, node, attempt, b"t" * 16, 7, batch, w.PICKLE, 0, 0, 0, 0, 0) for node, attempt, batch in named]
+        return w.U32.pack(len(each)) + b"".join(each)
+
+    executor._given_back = {(1, 4, 1), (1, 5, 1)}
+    executor._on_leases(leases((3, 1, 0), (4, 1, 0), (4, 2, 0), (5, 1, 9), (6, 1, 9)))
+    queued = [[lease[3:5] for lease in (entry if isinstance(entry, list) else [entry])] for entry in executor._queue]
+    executor._wake.close()
+    executor._waker.close()
+    assert queued == [[(3, 1)], [(4, 2)], [(6, 1)]]

@@ -58,9 +58,9 @@ pub async fn run(options: Bench) -> ExitCode {
                     "release"
                 });
                 if options.json {
-                    say(&report)
+                    say(&report);
                 } else {
-                    say(line(&report))
+                    say(line(&report));
                 }
             }
             Err(error) => {

@@ -1,5 +1,6 @@
 //! The workloads. Each starts a broker on a fresh store, runs, and reports what it saw from outside.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -323,7 +324,7 @@ impl Run<'_> {
                 micros.extend(
                     times
                         .windows(2)
-                        .map(|pair| (pair[1] - pair[0]).as_micros() as u64),
+                        .map(|pair| pair[1].saturating_sub(pair[0]).as_micros() as u64),
                 );
             }
         }
@@ -348,7 +349,7 @@ impl Run<'_> {
             };
             Submit {
                 key: None,
-                tags: Default::default(),
+                tags: BTreeMap::default(),
                 nodes: vec![node(&[]), node(&[0]), node(&[0]), node(&[1, 2])],
                 root: 3,
             }
@@ -462,7 +463,7 @@ impl Run<'_> {
             self.client
                 .submit(Submit {
                     key: None,
-                    tags: Default::default(),
+                    tags: BTreeMap::default(),
                     nodes,
                     root,
                 })
@@ -514,7 +515,7 @@ impl Run<'_> {
             self.client
                 .submit(Submit {
                     key: None,
-                    tags: Default::default(),
+                    tags: BTreeMap::default(),
                     nodes,
                     root: 999,
                 })

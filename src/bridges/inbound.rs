@@ -30,7 +30,7 @@ const BATCH: usize = 256;
 /// First and longest wait before refused messages are offered again.
 const OFFER_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// How long a run may seem open before somebody asks whether it is: its end may have come before anybody listened.
-const ASK_AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
+const ASK_AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_mins(1));
 
 /// A route and what it needs.
 pub(super) struct Inbound {
@@ -413,7 +413,8 @@ impl Inbound {
                             receipts[i] = Some(Receipt::DeadLettered);
                         } else {
                             again.push(i);
-                            refused = Some(no);
+                            // The first one is the reason: those behind it in its partition wait for it.
+                            refused.get_or_insert(no);
                         }
                     }
                 }
@@ -621,6 +622,8 @@ fn place(message: &Message) -> String {
 #[derive(Default)]
 struct Pause {
     wait: Option<Duration>,
+    /// What was made durable for messages that are refused must be there when they are taken at last.
+    kept: Option<Box<dyn Send + Sync>>,
 }
 
 impl Pause {
@@ -633,6 +636,7 @@ impl Pause {
         reason: &str,
     ) -> Result<(), Halt> {
         if self.wait.is_none() {
+            self.kept = Some(inbound.handle.keep_payloads());
             source.pause(true).await?;
         }
         inbound.status.hold("waiting", code, reason);
@@ -645,6 +649,7 @@ impl Pause {
     }
 
     async fn end(&mut self, inbound: &Inbound, source: &mut dyn Source) -> Result<(), Halt> {
+        self.kept = None;
         if self.wait.take().is_some() {
             source.pause(false).await?;
             inbound.status.set("running");

@@ -16,7 +16,7 @@ use super::node::{check_nodes, check_payload, create_nodes};
 use super::outcome::{DeadLetterRecord, Fact, Tx};
 use super::run::Run;
 use super::types::{Codec, NameId, NodeIndex, RunId, RunRecord, RunSeq, RunState};
-use super::{Broker, World};
+use super::{Broker, World, item};
 
 /// Positions and dead letters of all routes.
 #[derive(Debug, Default)]
@@ -51,6 +51,16 @@ const UNKNOWN_RUN: RunId = RunId {
     salt: 0,
 };
 
+/// Route and partition of a message that has a position.
+fn partition_of(origin: &Origin) -> Option<(Arc<str>, Arc<str>)> {
+    match &origin.identity {
+        Identity::Position { partition, .. } => {
+            Some((Arc::clone(&origin.route), Arc::clone(partition)))
+        }
+        _ => None,
+    }
+}
+
 fn existing(run: Option<RunId>) -> Submitted {
     Submitted {
         run: run.unwrap_or(UNKNOWN_RUN),
@@ -59,11 +69,38 @@ fn existing(run: Option<RunId>) -> Submitted {
 }
 
 impl Broker {
-    pub(super) fn on_submit(
+    /// Submissions, in order. After a refused message those behind it in the same partition are refused too: taking one would move the
+    /// position past the refused message, and a crash before it is offered again would lose it (G13).
+    pub(super) fn on_submissions(
         &mut self,
         tx: &mut Tx,
-        submission: Submission,
-    ) -> Result<Submitted, Rejection> {
+        list: Vec<Submission>,
+    ) -> Vec<Result<Submitted, Rejection>> {
+        let mut stuck: Vec<(Arc<str>, Arc<str>)> = Vec::new();
+        let mut replies = Vec::with_capacity(list.len());
+        for submission in list {
+            let place = submission.origin.as_ref().and_then(partition_of);
+            let reply = match &place {
+                Some(place) if stuck.contains(place) => Err(Rejection::new(
+                    Code::Overloaded,
+                    format!(
+                        "a message before it in partition {:?} was refused: send it again with that one",
+                        place.1
+                    ),
+                )),
+                _ => item(tx, |tx| self.on_submit(tx, submission)),
+            };
+            if let (Err(_), Some(place)) = (&reply, place)
+                && !stuck.contains(&place)
+            {
+                stuck.push(place);
+            }
+            replies.push(reply);
+        }
+        replies
+    }
+
+    fn on_submit(&mut self, tx: &mut Tx, submission: Submission) -> Result<Submitted, Rejection> {
         let world = &mut self.world;
         if let Some(origin) = &submission.origin
             && let Some(repeated) = world.check_origin(origin)?

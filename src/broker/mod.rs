@@ -144,11 +144,7 @@ impl Broker {
         self.advance(turn);
         let mut budget = self.world.settings.slice;
         let reply = match command {
-            Command::Submit(list) => Reply::Submitted(
-                list.into_iter()
-                    .map(|submission| item(tx, |tx| self.on_submit(tx, submission)))
-                    .collect(),
-            ),
+            Command::Submit(list) => Reply::Submitted(self.on_submissions(tx, list)),
             Command::DeadLetter(list) => {
                 each(tx, list, |tx, letter| self.world.on_dead_letter(tx, letter))
             }

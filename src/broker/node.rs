@@ -72,13 +72,14 @@ pub(super) fn check_nodes(
         }
         check_payload(&node.arguments)?;
         edges += check_ranges(world, &node.inputs, family, at as u32, nodes.len() as u32)?;
-    }
-    if edges > settings.max_edges_per_run {
-        return Err(too_large(
-            "edges in the run",
-            edges,
-            settings.max_edges_per_run,
-        ));
+        // Here and not at the end: looking at existing inputs takes time for each of them.
+        if edges > settings.max_edges_per_run {
+            return Err(too_large(
+                "edges in the run",
+                edges,
+                settings.max_edges_per_run,
+            ));
+        }
     }
     Ok(())
 }

@@ -43,7 +43,7 @@ pub(super) async fn start_broker(
         .ok_or_else(|| io::Error::other("the broker has no standard output"))?;
     let mut line = String::new();
     let read = tokio::time::timeout(
-        Duration::from_secs(60),
+        Duration::from_mins(1),
         BufReader::new(stdout).read_line(&mut line),
     )
     .await;
@@ -168,9 +168,11 @@ pub(super) fn read_journal(directory: &Path) -> io::Result<Journal> {
                 }
                 // An end beyond 2 is a failure that may be tried again, or a lease that was given back.
                 Some("accepted") if line["end"].as_u64().is_some_and(|end| end <= 2) => {
-                    drop(state.insert(key, "accepted"))
+                    state.insert(key, "accepted");
                 }
-                Some("accepted" | "refused") => drop(state.insert(key, "refused")),
+                Some("accepted" | "refused") => {
+                    state.insert(key, "refused");
+                }
                 _ => {}
             }
         }
@@ -190,7 +192,7 @@ pub(super) fn read_journal(directory: &Path) -> io::Result<Journal> {
                 *journal
                     .accepted
                     .entry(actions.get(&key).cloned().unwrap_or_default())
-                    .or_default() += 1
+                    .or_default() += 1;
             }
             _ => {}
         }

@@ -199,6 +199,13 @@ impl Handle {
         })
     }
 
+    /// Keeps payloads that were made durable and that no command has named yet, while the answer lives. Without it they are kept for
+    /// some minutes: enough for a command that follows at once, not for one that is refused and offered again for long.
+    #[must_use]
+    pub fn keep_payloads(&self) -> Box<dyn Send + Sync> {
+        Arc::clone(&self.0.payloads).keep()
+    }
+
     /// What the session will be told. Register before [`Command::Attach`]. A second registration closes the first channel; the end of
     /// the channel means that, or that the engine has stopped.
     #[must_use]

@@ -14,7 +14,7 @@ pub mod request;
 mod routes;
 pub mod thread;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 pub use handle::{Handle, Info, SessionEffect, Stopped};
@@ -23,9 +23,9 @@ use request::{Cost, cost, is_intake, refuse};
 pub use request::{Request, Ticket};
 pub use thread::{EngineOptions, EngineThread, spawn};
 
-use crate::broker::command::{Answer, Code, Command, Query, Rejection};
+use crate::broker::command::{Answer, Attach, Code, Command, Query, Rejection, Reply};
 use crate::broker::outcome::{Effect, Fact, Tx};
-use crate::broker::types::{NameId, RunSeq, Spec, SpecId, Timestamp, Turn, WallTime};
+use crate::broker::types::{NameId, RunSeq, SessionId, Spec, SpecId, Timestamp, Turn, WallTime};
 use crate::broker::{Broker, CorruptStore, Restoring, Settings};
 use crate::storage::{Loaded, Pressure, StorageBatch, StorageError, Store};
 
@@ -34,6 +34,13 @@ pub const TURN_BUDGET: Cost = Cost {
     nodes: 4_096,
     bytes: 4 << 20,
 };
+
+/// The largest command, in bytes of facts. An entry of the log holds a whole turn and never spans two of its segments, which have at least
+/// 64 MiB: what does not fit would stop the store for good (G17), so it is refused before.
+pub const LARGEST_COMMAND: usize = 32 << 20;
+
+/// The most that a turn takes when it has to take a command that is larger than its budget.
+const LARGEST_TURN: usize = 40 << 20;
 
 /// What intake may take of a turn that control has used up, and of any turn while the log is too far ahead of the state store.
 const SMALL_BUDGET: Cost = Cost {
@@ -69,7 +76,7 @@ pub struct TurnOutput {
     /// Routes and outputs that got a number.
     pub names: Vec<(NameId, Arc<str>)>,
     /// Replies, in the order in which the commands were applied.
-    pub replies: Vec<(Ticket, crate::broker::command::Reply)>,
+    pub replies: Vec<(Ticket, Reply)>,
     /// Answers to queries that had waited for a run.
     pub answers: Vec<(Ticket, Answer)>,
     /// Effects, in order.
@@ -94,6 +101,8 @@ pub struct Engine<S: Store> {
     control: VecDeque<Request>,
     intake: VecDeque<Request>,
     parked: Vec<Parked>,
+    /// Credit that came while the log was as far ahead of the state store as it may be: fewer leases until it has caught up (STATE §5).
+    held_credit: BTreeMap<SessionId, u32>,
     questions: Vec<(Ticket, Query)>,
     loads: LoadTable,
     /// Something that was parked may go on.
@@ -144,6 +153,7 @@ impl<S: Store> Engine<S> {
             control: VecDeque::new(),
             intake: VecDeque::new(),
             parked: Vec::new(),
+            held_credit: BTreeMap::new(),
             questions: Vec::new(),
             loads: LoadTable::default(),
             unparkable: false,
@@ -218,6 +228,9 @@ impl<S: Store> Engine<S> {
     #[must_use]
     pub fn due_in(&self, now: Timestamp, wall: WallTime) -> Option<u64> {
         if !self.control.is_empty() || self.unparkable || self.loads.any_wanted() {
+            return Some(0);
+        }
+        if !self.held_credit.is_empty() && self.store.pressure() != Pressure::Stop {
             return Some(0);
         }
         let intake = match self.pressure {
@@ -296,8 +309,15 @@ impl<S: Store> Engine<S> {
         }
     }
 
-    /// Applies a command, or parks it if it needs a run that is not resident.
-    fn apply_or_park(&mut self, turn: Turn, work: &mut Work, request: Request) {
+    /// Applies a command, or parks it if it needs a run that is not resident. One that no entry of the log could hold is refused.
+    fn apply_or_park(&mut self, turn: Turn, work: &mut Work, request: Request, cost: Cost) {
+        if cost.bytes > LARGEST_COMMAND {
+            if let Some(ticket) = request.ticket {
+                let reply = refuse(&request.command, &too_large(cost.bytes));
+                work.out.replies.push((ticket, reply));
+            }
+            return;
+        }
         let runs = self.broker.needs(&request.command);
         if runs.is_empty() {
             self.apply(turn, work, request);
@@ -369,14 +389,15 @@ impl<S: Store> Engine<S> {
             for run in &parked.runs {
                 self.loads.want(*run);
             }
-            if parked
-                .runs
-                .iter()
-                .all(|run| self.loads.fresh(*run).is_some())
-            {
-                work.used = work.used.plus(cost(&parked.request.command));
+            let is_read = (parked.runs.iter()).all(|run| self.loads.fresh(*run).is_some());
+            let used = work.used.plus(cost(&parked.request.command));
+            let fits = work.used == Cost::default() || used.fits(TURN_BUDGET);
+            if is_read && fits {
+                work.used = used;
                 self.adopt_and_apply(turn, work, parked);
             } else {
+                // The next turn looks again.
+                self.unparkable |= is_read;
                 self.parked.push(parked);
             }
         }
@@ -404,15 +425,45 @@ impl<S: Store> Engine<S> {
     }
 
     fn take_control(&mut self, turn: Turn, work: &mut Work) {
+        if self.pressure != Pressure::Stop {
+            for (session, calls) in std::mem::take(&mut self.held_credit) {
+                let command = Command::Credit { session, calls };
+                self.control.push_front(Request {
+                    ticket: None,
+                    command,
+                });
+            }
+        }
         while let Some(next) = self.control.front() {
-            let used = work.used.plus(cost(&next.command));
+            let cost = cost(&next.command);
+            let used = work.used.plus(cost);
             if work.used != Cost::default() && !used.fits(TURN_BUDGET) {
                 return;
             }
-            work.used = used;
+            if cost.bytes <= LARGEST_COMMAND {
+                work.used = used;
+            }
             if let Some(request) = self.control.pop_front() {
                 self.tick_behind = self.tick_behind.map(|n| n.saturating_sub(1));
-                self.apply_or_park(turn, work, request);
+                match &request.command {
+                    Command::Credit { session, calls } if self.pressure == Pressure::Stop => {
+                        let held = self.held_credit.entry(*session).or_default();
+                        *held = held.saturating_add(*calls);
+                        let reply = Reply::Done(vec![Ok(())]);
+                        work.out
+                            .replies
+                            .extend(request.ticket.map(|ticket| (ticket, reply)));
+                        continue;
+                    }
+                    // What a session could take ends with its connection.
+                    Command::Attach(Attach { session, .. })
+                    | Command::Detach(session)
+                    | Command::Close(session) => {
+                        self.held_credit.remove(session);
+                    }
+                    _ => {}
+                }
+                self.apply_or_park(turn, work, request, cost);
             }
         }
     }
@@ -471,13 +522,20 @@ impl<S: Store> Engine<S> {
         };
         let mut used = Cost::default();
         while let Some(next) = self.intake.front() {
-            let with_next = used.plus(cost(&next.command));
+            let cost = cost(&next.command);
+            let with_next = used.plus(cost);
             if used != Cost::default() && !with_next.fits(budget) {
                 return;
             }
-            used = with_next;
+            if cost.bytes <= LARGEST_COMMAND {
+                let in_all = work.used.plus(with_next).bytes;
+                if in_all > LARGEST_TURN {
+                    return;
+                }
+                used = with_next;
+            }
             if let Some(request) = self.intake.pop_front() {
-                self.apply_or_park(turn, work, request);
+                self.apply_or_park(turn, work, request, cost);
             }
         }
     }
@@ -522,6 +580,15 @@ fn learn(fact: &Fact, specs: &mut Vec<(SpecId, Arc<Spec>)>, names: &mut Vec<(Nam
         Fact::Name { id, name } => names.push((*id, Arc::clone(name))),
         _ => {}
     }
+}
+
+fn too_large(bytes: usize) -> Rejection {
+    Rejection::new(
+        Code::GraphTooLarge,
+        format!(
+            "{bytes} bytes at once, the limit is {LARGEST_COMMAND}: send less in one frame, or create children in several parts by flush()"
+        ),
+    )
 }
 
 fn damaged(run: RunSeq, detail: &str) -> Rejection {

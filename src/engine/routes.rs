@@ -32,7 +32,12 @@ impl Routes {
     /// The channel of a session; an earlier one is closed.
     pub(super) fn session(&self, session: SessionId) -> mpsc::UnboundedReceiver<SessionEffect> {
         let (sender, receiver) = mpsc::unbounded_channel();
-        lock(&self.sessions).insert(session, sender);
+        let mut sessions = lock(&self.sessions);
+        if sessions.len() == sessions.capacity() {
+            // Sessions whose connection has gone are dropped before the table grows.
+            sessions.retain(|_, sender| !sender.is_closed());
+        }
+        sessions.insert(session, sender);
         receiver
     }
 

@@ -9,13 +9,9 @@ use bytes::Bytes;
 
 use super::load::read_run;
 use super::*;
-use crate::broker::command::{
-    Attach, AttemptEnd, Completion, Delay, NewNode, Reply, Submission, Submitted,
-};
+use crate::broker::command::{AttemptEnd, Completion, Delay, NewNode, Submission, Submitted};
 use crate::broker::outcome::Lease;
-use crate::broker::types::{
-    Body, Codec, NodeIndex, NodeKey, Payload, Retry, RunId, RunState, SessionId,
-};
+use crate::broker::types::{Body, Codec, NodeIndex, NodeKey, Payload, Retry, RunId, RunState};
 use crate::storage::memory::{Fault, MemoryStore};
 
 const WORKER: SessionId = SessionId(7);
@@ -510,6 +506,32 @@ fn a_store_under_pressure_refuses_intake_and_never_control() {
 }
 
 #[test]
+fn credit_waits_while_the_log_is_as_far_ahead_as_it_may_be() {
+    let mut bench = Bench::new();
+    bench.submitted(3);
+    let leases = bench.leases(1);
+    bench.store.set_pressure(Pressure::Stop);
+    let output = bench.turn(vec![credit(1), finish(&leases, &value())]);
+    assert_eq!(codes(&output.replies[1].1), [None], "completions go on");
+    assert_eq!(leases_of(&output), [], "nothing more is leased");
+    assert_ne!(bench.due(), Some(0), "it does not spin meanwhile");
+    bench.store.set_pressure(Pressure::None);
+    assert_eq!(bench.due(), Some(0));
+    assert_eq!(leases_of(&bench.turn(vec![])).len(), 1);
+
+    bench.store.set_pressure(Pressure::Stop);
+    bench.turn(vec![credit(1)]);
+    bench.turn(vec![Command::Detach(WORKER), attach()]);
+    bench.store.set_pressure(Pressure::None);
+    let output = bench.turn(vec![]);
+    assert_eq!(
+        leases_of(&output),
+        [],
+        "the credit of a connection ends with it"
+    );
+}
+
+#[test]
 fn a_store_that_lags_gets_little_intake_at_a_time() {
     let mut bench = Bench::new();
     bench.store.set_pressure(Pressure::Slow);
@@ -541,4 +563,38 @@ fn a_turn_takes_what_its_budget_allows_and_intake_gets_a_share_beside_control() 
     assert_eq!(bench.turn(vec![]).replies.len(), 1);
     let output = bench.turn(vec![submit(9_000), submit(1)]);
     assert_eq!(output.replies.len(), 1, "a large one goes alone");
+}
+
+#[test]
+fn what_no_entry_of_the_log_could_hold_is_refused_and_two_large_ones_do_not_share_a_turn() {
+    let mut bench = Bench::new();
+    let large = |n_bytes: usize| {
+        let mut command = submit(1);
+        if let Command::Submit(list) = &mut command {
+            let tags = [("note".to_owned(), "x".repeat(n_bytes))];
+            list[0].tags = tags.into();
+        }
+        command
+    };
+    bench.submitted(1);
+    let leases = bench.leases(1);
+    // Children of 3 KiB each.
+    let mut control = finish(&leases, &value());
+    if let Command::Finish(list) = &mut control {
+        let Command::Submit(mut graph) = submit(1) else {
+            panic!("a submission");
+        };
+        list[0].specs = vec![spec()];
+        graph[0].nodes[0].arguments = payload(&[7; Body::INLINE_BYTES]);
+        list[0].children = vec![graph[0].nodes[0].clone(); 7_000];
+    }
+    let output = bench.turn(vec![large(LARGEST_COMMAND + 1), large(21 << 20), control]);
+    let answered: Vec<u64> = output.replies.iter().map(|(ticket, _)| ticket.0).collect();
+    let tickets = bench.tickets;
+    assert_eq!(answered, [tickets, tickets - 2], "the other one waits");
+    assert_eq!(codes(&output.replies[0].1), [None]);
+    assert_eq!(codes(&output.replies[1].1), [Some(Code::GraphTooLarge)]);
+    let output = bench.turn(vec![]);
+    assert_eq!(output.replies[0].0, Ticket(tickets - 1));
+    assert_eq!(codes(&output.replies[0].1), [None]);
 }

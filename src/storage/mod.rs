@@ -218,6 +218,10 @@ pub trait Read: Send + Sync {
 pub trait PayloadWriter: Send + Sync {
     /// Makes the bytes durable and says where they are. Blocking; calls at the same time share a sync.
     fn write(&self, bytes: Bytes) -> Result<PayloadRef, StorageError>;
+    /// Keeps what was written, named by a command or not, while the answer lives: for whoever must wait with a command for long.
+    fn keep(self: std::sync::Arc<Self>) -> Box<dyn Send + Sync> {
+        Box::new(())
+    }
 }
 
 /// A node's call.

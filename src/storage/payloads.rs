@@ -184,18 +184,21 @@ impl Payloads {
     pub fn collect(&self, used: &mut PayloadUse, now_ms: u64) -> Result<usize, StorageError> {
         let mut dead = Vec::new();
         let mut state = self.lock();
+        let is_pinned = self.pins.load(Ordering::Acquire) > 0;
         for (number, since) in &mut state.closed {
             if used.is_used(*number) {
                 *since = None;
+                continue;
+            }
+            if is_pinned {
+                // Whoever lets go of the pin may be about to name what lies here: the time of grace begins then.
+                *since = Some(now_ms);
                 continue;
             }
             let since = *since.get_or_insert(now_ms);
             if now_ms.saturating_sub(since) >= self.options.grace_ms {
                 dead.push(*number);
             }
-        }
-        if self.pins.load(Ordering::Acquire) > 0 {
-            return Ok(0);
         }
         for number in &dead {
             state.closed.remove(number);
@@ -361,6 +364,10 @@ impl PayloadWriter for Payloads {
         self.try_write(&bytes).inspect_err(|error| {
             let _ = self.failed.set(error.to_string());
         })
+    }
+
+    fn keep(self: Arc<Self>) -> Box<dyn Send + std::marker::Sync> {
+        Box::new(self.pin())
     }
 }
 
@@ -534,7 +541,8 @@ mod tests {
         assert_eq!(payloads.collect(&mut used, 3_000).unwrap(), 0, "pinned");
         assert!(payloads.read(first).is_ok());
         drop(pin);
-        assert_eq!(payloads.collect(&mut used, 3_000).unwrap(), 1);
+        assert_eq!(payloads.collect(&mut used, 3_050).unwrap(), 0, "grace");
+        assert_eq!(payloads.collect(&mut used, 3_100).unwrap(), 1);
         assert!(payloads.read(first).is_err());
         assert!(payloads.read(second).is_ok(), "still used");
         assert!(payloads.read(third).is_ok(), "still active");

@@ -4,6 +4,8 @@
 //! at every 7th call that changes the directory, from the first one (the store is made) on. Fault points: the n-th write, sync, open and rename
 //! and all later ones fail. Judged by the journal of an independent client and worker. `ROUNDS=n` and `SEED=n` change count and seed.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 #[path = "../faults/mod.rs"]
 mod faults;
 
@@ -14,6 +16,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use dagorama::engine::clock::Stopwatch;
 use faults::driver::{self, Ack, Journal, Plan};
 use faults::{Server, Setup};
 
@@ -66,7 +69,7 @@ fn kill_rounds() {
         ..Setup::default()
     };
     let journal = Arc::new(Journal::default());
-    let started = std::time::SystemTime::now();
+    let started = Stopwatch::start();
 
     let mut server = Server::start(&data, &setup).unwrap_or_else(|ended| panic!("{ended:?}"));
     // Something large that waits all the time: recovery must take it from sled, not from the log.
@@ -125,11 +128,11 @@ fn kill_rounds() {
         // The second kill, while it recovers or just after.
         match Server::start(&data, &setup) {
             Ok(second) => {
-                let (sled, log) = (
+                let (from_sled, from_log) = (
                     second.ready["from_sled"].as_u64().unwrap(),
                     second.ready["from_log"].as_u64().unwrap(),
                 );
-                mostly_from_sled += u64::from(sled * 10 >= (sled + log) * 9);
+                mostly_from_sled += u64::from(from_sled * 10 >= (from_sled + from_log) * 9);
                 *url.lock().unwrap() = second.url.clone();
                 std::thread::sleep(Duration::from_millis(round % 40));
                 second.kill();
@@ -153,7 +156,7 @@ fn kill_rounds() {
             })
             .collect();
         for (seq, salt, plan) in fresh.iter().step_by(7) {
-            let (state, value) = driver::wait(&server.url, *seq, *salt, Duration::from_secs(60))
+            let (state, value) = driver::wait(&server.url, *seq, *salt, Duration::from_mins(1))
                 .unwrap_or_else(|error| panic!("round {round}, run {seq:x}: {error}"));
             assert_eq!(
                 (state, value),
@@ -177,7 +180,7 @@ fn kill_rounds() {
     println!(
         "{{\"suite\": \"crash_kill\", \"rounds\": {rounds}, \"kills\": {kills}, \"acked\": {acked}, \"runs\": {}, \"values_checked\": {checked}, \"lost\": 0, \"applied_twice\": {twice}, \"wrong_reads\": {wrong}, \"with_acks_in_flight\": {with_acks_in_flight}, \"mostly_from_sled\": {mostly_from_sled}, \"log_starts_at\": {shortened_before}, \"seconds\": {}, \"seed\": {seed}}}",
         submitted(&journal).len(),
-        started.elapsed().map_or(0, |elapsed| elapsed.as_secs())
+        started.elapsed().as_secs()
     );
     assert_eq!((twice, wrong), (0, 0));
     assert!(
@@ -268,10 +271,7 @@ fn killed_at_every_seventh_call() {
                     short_life(&server, &journal, (at << 24) + (life << 20));
                     std::thread::sleep(Duration::from_millis(150)); // the state store's turn
                 }
-                match server.ended(&data, Duration::from_millis(50)) {
-                    Some(_) => false,
-                    None => true,
-                }
+                server.ended(&data, Duration::from_millis(50)).is_none()
             }
             Err(_) => false, // killed while it started
         };
@@ -301,12 +301,13 @@ fn killed_at_every_seventh_call() {
     drop(std::fs::remove_dir_all(&dir));
 }
 
+const EIO: i32 = 5;
+const ENOSPC: i32 = 28;
+
 #[test]
 fn failing_calls_stop_the_broker_and_lose_nothing() {
     let dir = scratch("errors");
     let points = faults::count("FAULTS", 200);
-    const EIO: i32 = 5;
-    const ENOSPC: i32 = 28;
     let kinds = [
         ("write", EIO),
         ("write", ENOSPC),
@@ -318,7 +319,7 @@ fn failing_calls_stop_the_broker_and_lose_nothing() {
     let (mut stopped, mut unharmed, mut compared, mut done) = (0u64, 0u64, 0u64, 0u64);
     for (kind, errno) in kinds {
         let mut at = 1u64;
-        for _ in 0..points / kinds.len() as u64 + 1 {
+        for _ in 0..=(points / kinds.len() as u64) {
             let data = dir.join(format!("{kind}-{errno}-{at}"));
             let journal = Arc::new(Journal::default());
             let faulty = Setup {

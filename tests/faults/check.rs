@@ -12,7 +12,7 @@ use super::driver::{Ack, Plan};
 
 /// What a check looked at.
 #[derive(Debug, Default, Clone, Copy)]
-pub struct Checked {
+pub(crate) struct Checked {
     /// Acknowledgements compared.
     pub acks: u64,
     /// Runs found.
@@ -20,7 +20,11 @@ pub struct Checked {
 }
 
 /// Opens the store in this process, rebuilds the broker, asserts every invariant and compares the content with `acks`.
-pub fn store(dir: &Path, acks: &[Ack], sent: &BTreeMap<u64, Plan>) -> Result<Checked, String> {
+pub(crate) fn store(
+    dir: &Path,
+    acks: &[Ack],
+    sent: &BTreeMap<u64, Plan>,
+) -> Result<Checked, String> {
     let mut store =
         Durable::open(dir, DurableOptions::default()).map_err(|error| format!("open: {error}"))?;
     let mut facts = Vec::new();

@@ -32,7 +32,7 @@ const ACTIONS: [&str; 4] = ["faults.fan", "faults.leaf", "faults.join", "faults.
 
 /// What was acknowledged.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Ack {
+pub(crate) enum Ack {
     /// A run is durable.
     Submitted { seq: u64, salt: u64, plan: Plan },
     /// An outcome is durable: bytes of a value; `None` for a tail call or a failure that is retried.
@@ -50,7 +50,7 @@ pub enum Ack {
 
 /// What a run is to do: its arguments on the wire, 16 bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Plan {
+pub(crate) struct Plan {
     /// Decides every value.
     pub seed: u64,
     /// Leaves of a fan; 0: the run is a single leaf.
@@ -68,7 +68,7 @@ impl Plan {
     }
 
     /// Plan and leaf number from the arguments of a node.
-    pub fn decode(bytes: &[u8]) -> Option<(Self, u32)> {
+    pub(crate) fn decode(bytes: &[u8]) -> Option<(Self, u32)> {
         let seed = u64::from_le_bytes(bytes.get(..8)?.try_into().ok()?);
         let width = u32::from_le_bytes(bytes.get(8..12)?.try_into().ok()?);
         let index = u32::from_le_bytes(bytes.get(12..16)?.try_into().ok()?);
@@ -83,9 +83,9 @@ impl Plan {
     }
 
     /// The value of leaf `index`.
-    pub fn leaf(self, index: u32) -> Vec<u8> {
+    pub(crate) fn leaf(self, index: u32) -> Vec<u8> {
         let hash = mix(self.seed ^ (u64::from(index) << 32 | 1));
-        let length = if self.large && hash % 11 == 0 {
+        let length = if self.large && hash.is_multiple_of(11) {
             3_500 + (hash >> 8) as usize % 30_000
         } else {
             8
@@ -101,7 +101,7 @@ impl Plan {
     }
 
     /// The value of the run: of its leaf, or the hash of all leaves in order.
-    pub fn value(self) -> Vec<u8> {
+    pub(crate) fn value(self) -> Vec<u8> {
         if self.width == 0 {
             return self.leaf(0);
         }
@@ -130,7 +130,7 @@ fn mix(x: u64) -> u64 {
 
 /// The journal of all connections.
 #[derive(Debug, Default)]
-pub struct Journal {
+pub(crate) struct Journal {
     /// Acknowledgements, each with the length of the trace when it had arrived.
     pub acks: Mutex<Vec<(u64, Ack)>>,
     /// All plans that were ever sent, by submission key: a run that is none of them was invented.
@@ -156,7 +156,7 @@ impl Journal {
     }
 
     /// Nodes of which outcomes of two different attempts with a value were acknowledged.
-    pub fn applied_twice(&self) -> u64 {
+    pub(crate) fn applied_twice(&self) -> u64 {
         let mut first: BTreeMap<(u64, u32), u32> = BTreeMap::new();
         let mut twice = 0;
         for (_, ack) in self.acks.lock().expect("journal").iter() {
@@ -166,10 +166,9 @@ impl Journal {
                 attempt,
                 value: Some(_),
             } = ack
+                && *first.entry((*seq, *node)).or_insert(*attempt) != *attempt
             {
-                if *first.entry((*seq, *node)).or_insert(*attempt) != *attempt {
-                    twice += 1;
-                }
+                twice += 1;
             }
         }
         twice
@@ -177,13 +176,13 @@ impl Journal {
 }
 
 /// One connection.
-pub struct Link {
+pub(crate) struct Link {
     stream: TcpStream,
     next_request: u32,
 }
 
 /// A frame that came in.
-pub struct Frame {
+pub(crate) struct Frame {
     verb: u8,
     more: bool,
     request: u32,
@@ -192,7 +191,7 @@ pub struct Frame {
 
 impl Link {
     /// Connects and says hello.
-    pub fn connect(url: &str, hello: &Value) -> io::Result<(Self, Value)> {
+    pub(crate) fn connect(url: &str, hello: &Value) -> io::Result<(Self, Value)> {
         let address = url.trim_start_matches("dagorama://");
         let stream = TcpStream::connect(address)?;
         stream.set_nodelay(true)?;
@@ -249,7 +248,7 @@ impl Link {
     }
 
     /// Sends a request on a connection that has no other and waits for the whole reply.
-    pub fn call(&mut self, verb: u8, body: &[u8]) -> io::Result<Vec<u8>> {
+    pub(crate) fn call(&mut self, verb: u8, body: &[u8]) -> io::Result<Vec<u8>> {
         let request = self.request();
         self.send(verb, request, body)?;
         let mut all = Vec::new();
@@ -319,7 +318,7 @@ fn node(spec: u32, ranges: &[[u32; 3]], arguments: &[u8], delay_ms: u64) -> Vec<
 }
 
 /// Submits runs one batch after another until told to stop or an error; they start after `delay_ms`. The submission key is the plan's seed.
-pub fn submit(
+pub(crate) fn submit(
     url: &str,
     journal: &Journal,
     plans: impl Iterator<Item = Plan>,
@@ -373,7 +372,13 @@ pub fn submit(
 }
 
 /// Cancels a run, or resumes it.
-pub fn turn(url: &str, journal: &Journal, seq: u64, salt: u64, resume: bool) -> io::Result<()> {
+pub(crate) fn turn(
+    url: &str,
+    journal: &Journal,
+    seq: u64,
+    salt: u64,
+    resume: bool,
+) -> io::Result<()> {
     let (mut link, _) = Link::connect(url, &json!({"kind": "client"}))?;
     let run = format!("{seq:x}-{salt:016x}");
     if resume {
@@ -390,7 +395,12 @@ pub fn turn(url: &str, journal: &Journal, seq: u64, salt: u64, resume: bool) -> 
 }
 
 /// The state (as PROTOCOL §9) and the value of a run, waiting at most that long.
-pub fn wait(url: &str, seq: u64, salt: u64, patience: Duration) -> io::Result<(u8, Vec<u8>)> {
+pub(crate) fn wait(
+    url: &str,
+    seq: u64,
+    salt: u64,
+    patience: Duration,
+) -> io::Result<(u8, Vec<u8>)> {
     let (mut link, _) = Link::connect(url, &json!({"kind": "client"}))?;
     let mut body = seq.to_le_bytes().to_vec();
     body.extend(salt.to_le_bytes());
@@ -427,7 +437,7 @@ struct LeaseItem {
 
 /// What a worker takes from one connection to the next.
 #[derive(Debug, Default)]
-pub struct Seat {
+pub(crate) struct Seat {
     session: Option<String>,
     /// Frames that were not answered, with what their answers will mean; they are repeated.
     unanswered: BTreeMap<u32, (Vec<u8>, Vec<Ack>)>,
@@ -435,7 +445,7 @@ pub struct Seat {
 }
 
 /// Works until told to stop or the connection breaks.
-pub fn work(url: &str, journal: &Journal, seat: &mut Seat, credit: u32) -> io::Result<()> {
+pub(crate) fn work(url: &str, journal: &Journal, seat: &mut Seat, credit: u32) -> io::Result<()> {
     let actions = Link::specs();
     let (mut link, welcome) = Link::connect(
         url,
@@ -477,15 +487,12 @@ pub fn work(url: &str, journal: &Journal, seat: &mut Seat, credit: u32) -> io::R
     let mut names: BTreeMap<u32, String> = BTreeMap::new();
     let mut later: Vec<Frame> = Vec::new();
     while !journal.stop.load(Ordering::Relaxed) {
-        let frame = match later
+        let next = later
             .pop()
-            .map_or_else(|| link.receive_or_idle(), |frame| Ok(Some(frame)))?
-        {
-            Some(frame) => frame,
-            None => {
-                link.send(6, 0, &0u32.to_le_bytes())?; // heartbeat
-                continue;
-            }
+            .map_or_else(|| link.receive_or_idle(), |frame| Ok(Some(frame)))?;
+        let Some(frame) = next else {
+            link.send(6, 0, &0u32.to_le_bytes())?; // heartbeat
+            continue;
         };
         match frame.verb {
             SPECS => {
@@ -641,7 +648,7 @@ fn run(
     let (end, body) = match lease.action.as_str() {
         "faults.fan" => {
             for index in 0..plan.width {
-                let spec = if mix(plan.seed ^ u64::from(index)) % 13 == 0 {
+                let spec = if mix(plan.seed ^ u64::from(index)).is_multiple_of(13) {
                     3
                 } else {
                     1
@@ -727,7 +734,7 @@ fn fetch(link: &mut Link, lease: &LeaseItem, later: &mut Vec<Frame>) -> io::Resu
 }
 
 /// Starts a worker thread that reconnects until the journal's `stop`; `url` may change between connections.
-pub fn keep_working(
+pub(crate) fn keep_working(
     url: Arc<Mutex<String>>,
     journal: Arc<Journal>,
     credit: u32,

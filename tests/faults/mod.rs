@@ -1,19 +1,21 @@
 //! What the crash and power suites share: the real broker as a process, with and without the preloaded recorder.
 
+#![allow(dead_code, reason = "shared: each suite uses its part")]
+
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-pub mod check;
-pub mod driver;
+pub(crate) mod check;
+pub(crate) mod driver;
 
 /// The token all test brokers use.
-pub const TOKEN: &str = "faults";
+pub(crate) const TOKEN: &str = "faults";
 
 /// Compiles the preloaded library once per test process.
-pub fn preload() -> &'static Path {
+pub(crate) fn preload() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY.get_or_init(|| {
         let library = Path::new(env!("CARGO_TARGET_TMPDIR"))
@@ -33,7 +35,7 @@ pub fn preload() -> &'static Path {
 
 /// How a broker is started.
 #[derive(Debug, Clone, Default)]
-pub struct Setup {
+pub(crate) struct Setup {
     /// Lines of its configuration beside the data directory.
     pub config: String,
     /// `DAGORAMA_FAULT_…` without the prefix: given, the library is preloaded.
@@ -44,7 +46,7 @@ pub struct Setup {
 
 /// A running broker.
 #[derive(Debug)]
-pub struct Server {
+pub(crate) struct Server {
     /// The process.
     pub child: Child,
     /// Its address.
@@ -55,7 +57,7 @@ pub struct Server {
 
 /// A broker that did not start, or has ended.
 #[derive(Debug)]
-pub struct Ended {
+pub(crate) struct Ended {
     /// How.
     pub status: ExitStatus,
     /// What it said.
@@ -64,7 +66,7 @@ pub struct Ended {
 
 impl Server {
     /// Starts the real binary on a data directory. Its standard error goes to `<dir>.log`.
-    pub fn start(data: &Path, setup: &Setup) -> Result<Self, Ended> {
+    pub(crate) fn start(data: &Path, setup: &Setup) -> Result<Self, Ended> {
         let config = data.with_extension("toml");
         std::fs::write(
             &config,
@@ -130,13 +132,13 @@ impl Server {
     }
 
     /// SIGKILL.
-    pub fn kill(mut self) {
+    pub(crate) fn kill(mut self) {
         self.child.kill().expect("killing a child");
         self.child.wait().expect("waiting for a child");
     }
 
     /// Waits until it has ended by itself, at most that long.
-    pub fn ended(mut self, data: &Path, patience: Duration) -> Option<Ended> {
+    pub(crate) fn ended(mut self, data: &Path, patience: Duration) -> Option<Ended> {
         for _ in 0..patience.as_millis() / 10 {
             if let Some(status) = self.child.try_wait().expect("waiting for a child") {
                 return Some(Ended {
@@ -162,7 +164,7 @@ fn tail(log: &Path, from: u64) -> String {
 }
 
 /// A count from the environment, or the one that runs with each change.
-pub fn count(name: &str, each_change: u64) -> u64 {
+pub(crate) fn count(name: &str, each_change: u64) -> u64 {
     std::env::var(name)
         .ok()
         .and_then(|text| text.parse().ok())

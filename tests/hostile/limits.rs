@@ -172,6 +172,9 @@ async fn bytes_in_flight_are_shared_and_given_back() {
         .expect("writable");
     tokio::time::sleep(Duration::from_millis(50)).await;
     let mut other = Raw::client(world.socket()).await;
+    // What asks or submits waits for no completion, and the other way round.
+    let asked = tokio::time::timeout(Duration::from_millis(150), other.ask(Verb::Status, b"{}"));
+    assert_eq!(asked.await.expect("at once").verb, Verb::Reply);
     let mut body = vec![0; 700_000];
     body[..4].copy_from_slice(&1_u32.to_le_bytes());
     let frame = other.ask(Verb::Finish, &body).await;

@@ -1,4 +1,6 @@
 //! Tests of the whole: the shape of the source tree, the documents, the command line, damaged stores.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 mod documents;
 mod tidy;

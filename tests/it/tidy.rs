@@ -72,10 +72,11 @@ fn sources(below: &str, end: &str) -> BTreeMap<String, String> {
 
 /// Code without comments; strings stay.
 fn code(text: &str) -> String {
-    text.lines()
+    let lines: Vec<&str> = text
+        .lines()
         .filter(|line| !line.trim_start().starts_with("//"))
-        .map(|line| format!("{line}\n"))
-        .collect()
+        .collect();
+    lines.join("\n")
 }
 
 fn room(path: &str) -> String {

@@ -408,7 +408,7 @@ async fn a_cancelled_call_is_aborted_and_a_resumed_run_goes_on() {
                 let _guard = guard;
                 if call.attempt() == 1 {
                     started.notify_one();
-                    tokio::time::sleep(Duration::from_secs(600)).await;
+                    tokio::time::sleep(Duration::from_mins(10)).await;
                 }
                 Ok(Returned::json(&"done"))
             }
@@ -587,7 +587,7 @@ async fn client_and_worker_survive_restarts_of_the_broker() {
         })
         .await;
     }
-    tokio::time::timeout(Duration::from_secs(60), asking)
+    tokio::time::timeout(Duration::from_mins(1), asking)
         .await
         .expect("it ends")
         .expect("no failure");

@@ -12,11 +12,11 @@ use std::io;
 use std::path::Path;
 
 /// Bytes that a disk writes at once.
-pub const SECTOR: usize = 4096;
+pub(crate) const SECTOR: usize = 4096;
 
 /// One operation of the trace.
 #[derive(Debug, Clone)]
-pub struct Op {
+pub(crate) struct Op {
     /// Letter of the kind, as `preload.c` documents it.
     pub kind: u8,
     /// Path below the watched directory.
@@ -32,7 +32,7 @@ pub struct Op {
 }
 
 /// Reads a trace. A last record that is cut short (the process was killed) is left out.
-pub fn read_trace(path: &Path) -> io::Result<Vec<Op>> {
+pub(crate) fn read_trace(path: &Path) -> io::Result<Vec<Op>> {
     let bytes = std::fs::read(path)?;
     let mut ops = Vec::new();
     let mut at = 0usize;
@@ -69,7 +69,7 @@ pub fn read_trace(path: &Path) -> io::Result<Vec<Op>> {
 
 /// Which syncs the replay pretends not to have seen: a checker that is any good must then find lost acknowledgements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Blind {
+pub(crate) enum Blind {
     /// None: the real thing.
     No,
     /// Syncs of the commit log: as if acknowledgements went out before the sync.
@@ -117,7 +117,7 @@ type Names = BTreeMap<String, Option<usize>>; // None: a directory
 
 /// The file system while a trace is replayed.
 #[derive(Debug, Default)]
-pub struct Replay {
+pub(crate) struct Replay {
     inodes: Vec<Inode>,
     now: Names,
     durable: Names,
@@ -127,7 +127,7 @@ pub struct Replay {
 
 impl Replay {
     /// A replay that pretends not to see some syncs.
-    pub fn new(blind: Blind) -> Self {
+    pub(crate) fn new(blind: Blind) -> Self {
         Self {
             blind: Some(blind),
             ..Self::default()
@@ -135,7 +135,7 @@ impl Replay {
     }
 
     /// Carries out the next operation.
-    pub fn step(&mut self, op: &Op) {
+    pub(crate) fn step(&mut self, op: &Op) {
         let blind = self.blind.unwrap_or(Blind::No);
         match op.kind {
             b'C' => {
@@ -208,7 +208,7 @@ impl Replay {
     }
 
     /// What a power cut at this moment could have left: paths below the directory, `None` for a directory.
-    pub fn image(&self, random: &mut Random) -> BTreeMap<String, Option<Vec<u8>>> {
+    pub(crate) fn image(&self, random: &mut Random) -> BTreeMap<String, Option<Vec<u8>>> {
         let mut names = self.durable.clone();
         let strict = random.below(2) == 0;
         let certain = if strict {
@@ -321,7 +321,10 @@ fn tear(content: &mut Vec<u8>, change: &Change, random: &mut Random) {
 }
 
 /// Writes an image to an empty directory. Paths are those of the trace: "" and "/…" are the store, ".…" its siblings.
-pub fn write_image(image: &BTreeMap<String, Option<Vec<u8>>>, store: &Path) -> io::Result<()> {
+pub(crate) fn write_image(
+    image: &BTreeMap<String, Option<Vec<u8>>>,
+    store: &Path,
+) -> io::Result<()> {
     for (name, content) in image {
         let mut path = store.as_os_str().to_owned();
         path.push(name);
@@ -341,11 +344,11 @@ pub fn write_image(image: &BTreeMap<String, Option<Vec<u8>>>, store: &Path) -> i
 
 /// A small deterministic generator (`SplitMix64`).
 #[derive(Debug, Clone)]
-pub struct Random(pub u64);
+pub(crate) struct Random(pub u64);
 
 impl Random {
     /// The next 64 bits.
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -354,7 +357,7 @@ impl Random {
     }
 
     /// A number below `n`, which is at least 1.
-    pub fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }
 }

@@ -33,7 +33,7 @@ pub trait Harness: Send {
     fn once(&self) -> bool;
     /// How long a check may take before it counts as hung.
     fn patience(&self) -> Duration {
-        Duration::from_secs(60)
+        Duration::from_mins(1)
     }
     /// Makes the other side slow, or quick again. `false`: that cannot be done.
     fn slow(&mut self, slow: bool) -> bool {

@@ -24,6 +24,8 @@ struct Shared {
     /// Handed out, not settled; and how many of them the present source has handed out.
     unsettled: VecDeque<Message>,
     handed_out: usize,
+    /// Reading has failed behind those.
+    failed: Option<String>,
 }
 
 impl LineStream {
@@ -40,6 +42,7 @@ impl LineStream {
             incoming,
             unsettled: VecDeque::new(),
             handed_out: 0,
+            failed: None,
         })))
     }
 
@@ -122,9 +125,16 @@ impl Source for StreamSource {
             // What an earlier source had handed out, or this one has read in a call that was cancelled.
             let mut ready = shared.unsettled.len() - shared.handed_out;
             if ready == 0 {
+                if let Some(reason) = shared.failed.clone() {
+                    return Err(BridgeError::Parked {
+                        code: "SOURCE_FAILED",
+                        reason,
+                    });
+                }
                 match shared.incoming.recv().await {
                     None => return Ok(None),
                     Some(Err(reason)) => {
+                        shared.failed = Some(reason.clone());
                         return Err(BridgeError::Parked {
                             code: "SOURCE_FAILED",
                             reason,
@@ -134,10 +144,15 @@ impl Source for StreamSource {
                 }
                 ready = 1;
                 while ready < max {
-                    let Ok(Ok(message)) = shared.incoming.try_recv() else {
-                        break;
-                    };
-                    shared.unsettled.push_back(message);
+                    match shared.incoming.try_recv() {
+                        Ok(Ok(message)) => shared.unsettled.push_back(message),
+                        Ok(Err(reason)) => {
+                            // Said when the lines before it have been taken: it is no end.
+                            shared.failed = Some(reason);
+                            break;
+                        }
+                        Err(_) => break,
+                    }
                     ready += 1;
                 }
             }
@@ -259,5 +274,25 @@ mod tests {
             error.contains("SOURCE_FAILED") && error.contains("unplugged"),
             "{error}"
         );
+    }
+
+    #[tokio::test]
+    async fn a_failed_read_behind_lines_is_no_end_of_the_stream() {
+        let stream = LineStream::read("test", std::io::Cursor::new("a\nb\n").chain(Bad), 100);
+        // The thread has read all of it.
+        while stream.0.lock().await.incoming.len() < 3 {
+            tokio::task::yield_now().await;
+        }
+        let mut source = stream.source().await;
+        let messages = source.receive(10).await.unwrap().unwrap();
+        assert_eq!(bodies(&messages), ["a", "b"]);
+        source
+            .settle(&[Receipt::DeadLettered, Receipt::DeadLettered])
+            .await
+            .unwrap();
+        for _ in 0..2 {
+            let error = source.receive(10).await.unwrap_err().to_string();
+            assert!(error.contains("unplugged"), "{error}");
+        }
     }
 }

@@ -94,7 +94,10 @@ def greet(address: Address, token: str | None, hello: Mapping[str, object], time
             reader.fill()
         verb, _, _, body = got
         if verb == ERROR:
-            raise refusal(body)
+            no = refusal(body)
+            if no.code in ("STOPPING", "OVERLOADED"):  # it is going down, or busy: as if nobody had answered
+                raise ConnectionLost(str(no))
+            raise no
         sock.settimeout(None)
         return sock, reader, json.loads(str(body, "utf-8"))
     except BaseException:

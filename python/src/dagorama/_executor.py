@@ -28,7 +28,7 @@ from typing import Any
 from ._action import REGISTRY, SPECS, Action
 from ._connection import Address, greet, warn
 from ._current import RUNNING, Attempt
-from ._errors import ConnectionLost, DagoramaError, refusal
+from ._errors import BrokerUnavailable, ConnectionLost, DagoramaError, refusal
 from ._exceptions import describe, rebuild
 from ._journal import Journal
 from ._payload import SCALAR_RESULTS, decode_arguments, encode_result, read_values, unpickled
@@ -145,6 +145,7 @@ class Executor:
         self._began = 0.0  # when the present call did
         self._running: set[Key] = set()
         self._stopped: set[Key] = set()  # those of them that were revoked
+        self._given_back: set[Key] = set()  # released at the last greeting: leases of them may still be on their way
         self._working = threading.Event()
         self._runner: asyncio.Runner | None = None
         self._journal: Journal | None = None
@@ -248,7 +249,8 @@ class Executor:
             self._write(self._define())
         for request, items in repeated:
             self._send(FINISH_VERB, U32.pack(len(items)) + b"".join(items), request)
-        unknown = [FINISH.pack(*key, bytes(16), RELEASED, JSON, 0, 0, 0, 0) for key in sorted(held - known)]
+        self._given_back = held - known
+        unknown = [FINISH.pack(*key, bytes(16), RELEASED, JSON, 0, 0, 0, 0) for key in sorted(self._given_back)]
         for i in range(0, len(unknown), PER_FRAME):
             self._write(self._finish(unknown[i : i + PER_FRAME]))
 
@@ -278,8 +280,6 @@ class Executor:
         items = self._items
         with self._flushing:
             frames: list[bytes] = []
-            if self._defined < len(SPECS):
-                frames.append(self._define())
             while items:
                 batch: list[bytes] = []
                 size = 0
@@ -287,6 +287,8 @@ class Executor:
                     item = items.popleft()
                     batch.append(item)
                     size += len(item)
+                if self._defined < len(SPECS):  # after they were taken: the other thread may have made some of them just now
+                    frames.append(self._define())
                 frames.append(self._finish(batch))
                 if size > CHUNK:
                     self._write(frames.pop() if len(frames) == 1 else b"".join(frames))
@@ -313,20 +315,36 @@ class Executor:
         return 0 if self._draining or have * 2 > self._window else self._window - have
 
     def _push_out(self) -> None:
-        """Neither outcomes nor leases must wait for a slow call."""
+        """Neither outcomes nor leases must wait for a slow call, and its own lease must not end because the connection did."""
+        tried = 0.0
         while not self._draining:
             self._working.wait()
             time.sleep(0.02)
             now = time.perf_counter()
             with contextlib.suppress(ConnectionLost, DagoramaError):  # the main loop sees it too, and repeats
-                if self._working.is_set() and not self._draining and now - self._began > WORTH and (self._queue or self._owed):
+                slow = self._working.is_set() and not self._draining and now - self._began > WORTH
+                cut = slow and now - tried > 0.2 and self._cut()
+                if slow and (self._queue or self._owed or cut):
                     if self._looking.acquire(blocking=False):
+                        tried = now
                         try:
                             self._retreat()
                         finally:
                             self._looking.release()
                 elif self._items and now - self._flushed > 0.02:
                     self._flush(grant=False)
+
+    def _cut(self) -> bool:
+        """Whether the connection has ended, without reading from it."""
+        sock = self._sock
+        try:
+            if sock is None:
+                return True
+            poll = select.poll()
+            poll.register(sock.fileno(), getattr(select, "POLLRDHUP", 0))
+            return bool(poll.poll(0))
+        except (OSError, ValueError):
+            return True
 
     def _retreat(self) -> None:
         """Calls are slower than they were: give back what waits here. Credit cannot be taken back, but ends with a connection."""
@@ -409,6 +427,8 @@ class Executor:
             inline = None
             if n_inline:
                 inline, at = read_items(body, at, n_inline)
+            if self._given_back and (run, node, attempt) in self._given_back:
+                continue
             lease: Lease = (head, run, salt, node, attempt, token, spec, codec, ranges, arguments, inline)
             if not batch:
                 queue.append(lease)
@@ -477,6 +497,8 @@ class Executor:
                     self._receive(None if until is None else 0.2)
                 reply = self._replies[request]
                 if isinstance(reply, DagoramaError):
+                    if reply.code == "STOPPING" and until is None:  # no answer: its next life gives one
+                        raise ConnectionLost(str(reply))
                     raise reply
                 return reply
             except ConnectionLost:
@@ -580,14 +602,14 @@ class Executor:
                     else:
                         item = FINISH.pack(run, node, number, token, end, codec, 0, n_ranges, 0, len(out)) + refs + out
                 except BaseException as error:
-                    item = self._failure(error, handler, run, salt, node, number, token, attempt)
+                    item = b"" if self._left(error) else self._failure(error, handler, run, salt, node, number, token, attempt)
                 attempt.open = False
                 set_running(None)
+                if item and not (stopped and key in stopped):
+                    items.append(item)  # before it no longer runs: a thread that connects must find it here or there
                 running.discard(key)
-                if stopped and key in stopped:
+                if stopped:
                     stopped.discard(key)
-                else:
-                    items.append(item)
                 spent, now = -now, clock()
                 spent += now
                 handler.slow = spent > SLOW
@@ -650,6 +672,10 @@ class Executor:
             self._runner = asyncio.Runner()
         return self._runner.run(coroutine, context=contextvars.copy_context())
 
+    def _left(self, error: BaseException) -> bool:
+        """The broker was gone while this worker had to leave: not the call's fault. Without an outcome it is released or lapses."""
+        return isinstance(error, BrokerUnavailable) and self._draining and self._sock is None
+
     def _failure(self, error: BaseException, handler: Handler, run: int, salt: int, node: int, number: int, token: bytes,
                  attempt: Attempt | None) -> bytes:
         policy = (attempt.retry if attempt is not None else None) or handler.retry
@@ -675,7 +701,8 @@ class Executor:
         outcomes: dict[int, bytes] = {}
 
         def fail(lease: Lease, error: BaseException) -> None:
-            outcomes[id(lease)] = self._failure(error, handler, lease[1], lease[2], lease[3], lease[4], lease[5], attempt)
+            left = self._left(error)
+            outcomes[id(lease)] = b"" if left else self._failure(error, handler, *lease[1:6], attempt)
 
         first = leases[0]
         attempt = Attempt(self, first[1], first[2], first[3], first[4], first[5], handler.name)
@@ -714,13 +741,13 @@ class Executor:
                 fail(lease, error)
         attempt.open = False
         RUNNING.set(None)
-        self._running.difference_update(keys)
-        slot[20:24] = b"\1\0\0\0"
         for lease, key in zip(leases, keys, strict=True):
             if key in self._stopped:
                 self._stopped.discard(key)
-            else:
-                self._items.append(outcomes[id(lease)])
+            elif outcomes[id(lease)]:
+                self._items.append(outcomes[id(lease)])  # before it no longer runs, as above
+        self._running.difference_update(keys)
+        slot[20:24] = b"\1\0\0\0"
 
 
 def _keys(entry: Lease | list[Lease]) -> set[Key]:

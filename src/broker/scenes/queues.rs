@@ -295,6 +295,45 @@ fn keys_name_the_first_run_for_their_window_and_as_long_as_it_is_kept() {
 }
 
 #[test]
+fn a_message_behind_a_refused_one_of_its_partition_is_not_taken() {
+    let mut scene = Scene::new();
+    let message = |partition: &str, position, key: u128, content| Submission {
+        key: Some(SubmissionKey {
+            hash: KeyHash(key),
+            content,
+        }),
+        origin: Some(Origin {
+            route: "in".into(),
+            identity: Identity::Position {
+                partition: partition.into(),
+                position,
+                next: position + 1,
+            },
+        }),
+        ..single(spec("a"))
+    };
+    scene.submit(message("p", 0, 7, 1)).unwrap();
+    let Reply::Submitted(replies) = scene.apply(Command::Submit(vec![
+        message("p", 1, 7, 2),
+        message("p", 2, 8, 1),
+        message("q", 0, 9, 1),
+    ])) else {
+        panic!("submissions");
+    };
+    let codes: Vec<Option<Code>> = replies
+        .iter()
+        .map(|reply| reply.as_ref().err().map(|no| no.code))
+        .collect();
+    assert_eq!(
+        codes,
+        [Some(Code::SubmissionConflict), Some(Code::Overloaded), None]
+    );
+    // The refused one still has its place, so whoever begins anew after a crash finds it.
+    assert!(!scene.submit(message("p", 1, 10, 1)).unwrap().existing);
+    assert!(!scene.submit(message("p", 2, 8, 1)).unwrap().existing);
+}
+
+#[test]
 fn messages_apply_once_and_die_once() {
     let mut scene = Scene::with(Settings {
         max_keys: 2,

@@ -127,10 +127,13 @@ async fn serve(
         Kind::Worker => {
             let attach = attach(&hello)?;
             let session = attach.session;
-            let effects = shared.handle.session_effects(session);
             let handle = shared.handle.clone();
-            let attached = shared.sessions.take(session, connection, || {
-                start(async move { handle.control(Command::Attach(attach)).await })
+            // All of it in one step: of two connections that say HELLO for a session at once, one has it whole.
+            let (effects, attached) = shared.sessions.take(session, connection, || {
+                (
+                    shared.handle.session_effects(session),
+                    start(async move { handle.control(Command::Attach(attach)).await }),
+                )
             });
             peer.session = Some(session);
             let pushing = match attached.await {
@@ -323,7 +326,7 @@ impl Incoming {
     async fn next(
         &mut self,
         session: Option<SessionId>,
-    ) -> Result<Option<(Frame, OwnedSemaphorePermit)>, End> {
+    ) -> Result<Option<(Frame, Option<OwnedSemaphorePermit>)>, End> {
         // A select may drop this at any await: whatever was read stays in the buffer, and the header is looked at again.
         if self.buffer.len() < HEADER_BYTES {
             while self.buffer.len() < HEADER_BYTES {
@@ -343,10 +346,13 @@ impl Incoming {
             return Err(Malformed::too_large("length", header.length as u64, limit).into());
         }
         // A connection over the budget stops reading until others are done.
-        let charge = Arc::clone(&self.shared.budget)
-            .acquire_many_owned(charge(header.length))
-            .await
-            .map_err(|_| End::Closed)?;
+        let charge = match self.shared.budget_of(&header) {
+            Some(budget) => {
+                let charge = Arc::clone(budget).acquire_many_owned(charge(header.length));
+                Some(charge.await.map_err(|_| End::Closed)?)
+            }
+            None => None,
+        };
         while self.buffer.len() < HEADER_BYTES + header.length {
             if !self.read(session, true).await? {
                 return Ok(None);

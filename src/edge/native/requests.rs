@@ -43,7 +43,7 @@ pub(super) fn unexpected() -> Rejection {
 pub(super) async fn take(
     peer: &mut Peer,
     frame: Frame,
-    charge: OwnedSemaphorePermit,
+    charge: Option<OwnedSemaphorePermit>,
 ) -> Result<(), End> {
     match frame.verb {
         Verb::Hello => {
@@ -127,7 +127,7 @@ struct Request {
     outgoing: Outgoing,
     handle: Handle,
     reads: Arc<Semaphore>,
-    _held: (OwnedSemaphorePermit, OwnedSemaphorePermit),
+    _held: (Option<OwnedSemaphorePermit>, OwnedSemaphorePermit),
 }
 
 impl Request {
@@ -352,7 +352,13 @@ async fn submit(peer: &Peer, request: Request, body: Bytes) {
         }
     }
     let is_large = |submission: &Submission| submission.nodes.iter().any(node_is_large);
-    if submissions.iter().any(is_large) {
+    if let Some(no) = crate::engine::handle::refusal(request.handle.pressure()) {
+        // Before anything is written: payloads of submissions that are refused would use up what is left of a full disk.
+        for answer in answers.iter_mut().filter(|answer| answer.is_none()) {
+            *answer = Some(no.clone());
+        }
+        submissions.clear();
+    } else if submissions.iter().any(is_large) {
         let nodes = submissions.iter_mut().flat_map(|one| one.nodes.iter_mut());
         let payloads = nodes.map(|node| &mut node.arguments);
         if let Err(error) = persist(&request.handle, payloads).await {

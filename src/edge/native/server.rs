@@ -17,6 +17,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tracing::{debug, info, warn};
 
 use super::connection;
+use super::frame::{Header, Verb};
 use super::io::{Reader, Writer};
 use crate::broker::command::{Code, Rejection};
 use crate::broker::types::SessionId;
@@ -52,7 +53,7 @@ pub struct Limits {
     pub hello_timeout: Duration,
     /// How long a begun frame may pause.
     pub idle_timeout: Duration,
-    /// Bytes of requests that have no reply yet, of all connections together.
+    /// Bytes of requests that have no reply yet, of all connections together: so many that ask or submit, and as many that end something.
     pub bytes_in_flight: usize,
     /// Bytes of first frames that are being read, of all connections together.
     pub hello_bytes_in_flight: usize,
@@ -169,7 +170,9 @@ pub(super) struct Shared {
     pub(super) limits: Limits,
     pub(super) extensions: Arc<dyn Extensions>,
     /// In KiB: see [`connection::charge`].
-    pub(super) budget: Arc<Semaphore>,
+    budget: Arc<Semaphore>,
+    /// For completions and the like, which wait for no submission.
+    control_budget: Arc<Semaphore>,
     pub(super) hello_budget: Arc<Semaphore>,
     pub(super) sessions: Sessions,
     pub(super) stop: watch::Receiver<bool>,
@@ -177,7 +180,29 @@ pub(super) struct Shared {
     next_connection: AtomicU64,
 }
 
+/// What is done with at once, and no larger than this, waits for no budget.
+const FREE_BYTES: usize = 64 * 1024;
+
 impl Shared {
+    /// The budget that a frame is charged to. A heartbeat must come through whatever others send: a session that is not heard loses
+    /// its leases.
+    pub(super) fn budget_of(&self, header: &Header) -> Option<&Arc<Semaphore>> {
+        match header.verb {
+            Verb::Heartbeat | Verb::Credit | Verb::Wait | Verb::Define
+                if header.length <= FREE_BYTES =>
+            {
+                None
+            }
+            Verb::Heartbeat
+            | Verb::Credit
+            | Verb::Finish
+            | Verb::Create
+            | Verb::Goodbye
+            | Verb::Cancel => Some(&self.control_budget),
+            _ => Some(&self.budget),
+        }
+    }
+
     pub(super) fn connection_number(&self) -> u64 {
         self.next_connection.fetch_add(1, Ordering::Relaxed)
     }
@@ -330,6 +355,7 @@ pub async fn serve(handle: Handle, options: NativeOptions) -> io::Result<NativeS
         limits,
         extensions: options.extensions,
         budget: Arc::new(Semaphore::new(limits.bytes_in_flight / 1024)),
+        control_budget: Arc::new(Semaphore::new(limits.bytes_in_flight / 1024)),
         hello_budget: Arc::new(Semaphore::new(limits.hello_bytes_in_flight / 1024)),
         sessions: Sessions::default(),
         stop: stopped,

@@ -13,7 +13,7 @@ use super::codec::{self, AttemptName};
 use super::frame::{self, MAX_BODY_BYTES, Verb};
 use super::io::Outgoing;
 use super::{json, outcomes};
-use crate::broker::command::{AttemptEnd, Command, Completion, Rejection};
+use crate::broker::command::{AttemptEnd, Code, Command, Completion, Rejection};
 use crate::broker::outcome::Lease;
 use crate::broker::types::{Body, Codec, Note, SpecId};
 use crate::edge::convert;
@@ -173,7 +173,7 @@ async fn load(handle: &Handle, lease: &Lease) -> Result<Arguments, Rejection> {
         .map_err(|error| convert::storage(&error))?;
     arguments.ok_or_else(|| {
         Rejection::new(
-            crate::broker::command::Code::StoreCorrupt,
+            Code::StoreCorrupt,
             format!("the arguments of node {node} are missing: run `dagorama verify`"),
         )
     })
@@ -213,6 +213,10 @@ async fn fill(
 
 /// Fails a lease that cannot be delivered.
 async fn give_up(handle: &Handle, lease: &Lease, rejection: &Rejection) {
+    if rejection.code == Code::Stopping {
+        // The store has failed, not the call: it is given out again after the restart.
+        return;
+    }
     error!(node = %lease.node, attempt = lease.attempt.0, %rejection, "a call could not be read");
     let document = serde_json::json!({
         "type": rejection.code.as_str(), "message": rejection.message, "traceback": "", "pickle": null,

@@ -262,7 +262,7 @@ fn an_entry_too_large_stops_the_log() {
     append(&mut log, b"good");
     let large = vec![0; SIZE as usize];
     let error = log.append(Timestamp(1), WallTime(1), |out| {
-        out.extend_from_slice(&large)
+        out.extend_from_slice(&large);
     });
     assert!(matches!(error, Err(StorageError::State { .. })));
     let refused = log.append(Timestamp(1), WallTime(1), |out| out.push(1));

@@ -30,7 +30,27 @@ impl Schedule {
     pub(super) fn replies(&mut self, command: &Command, reply: &Reply) -> Result<(), String> {
         if let (Command::Submit(submissions), Reply::Submitted(items)) = (command, reply) {
             same(submissions.len(), items.len(), "replies")?;
+            let mut stuck = BTreeSet::new();
             for (submission, item) in submissions.iter().zip(items) {
+                let place = submission.origin.as_ref().and_then(|origin| {
+                    let Identity::Position { partition, .. } = &origin.identity else {
+                        return None;
+                    };
+                    Some((Arc::clone(&origin.route), Arc::clone(partition)))
+                });
+                if let Some(place) = place {
+                    if stuck.contains(&place) {
+                        same(
+                            Some(Code::Overloaded),
+                            item.as_ref().err().map(|no| no.code),
+                            "behind a refused message",
+                        )?;
+                        continue;
+                    }
+                    if item.is_err() {
+                        stuck.insert(place);
+                    }
+                }
                 let given = item
                     .as_ref()
                     .ok()
