@@ -18,7 +18,7 @@ use dagorama::broker::command::{
 };
 use dagorama::broker::outcome::{Effect, Fact, Lease, Tx};
 use dagorama::broker::types::{
-    Body, Codec, InputUse, Payload, Retry, SessionId, Spec, Timestamp, Turn, WallTime,
+    Body, Codec, InputUse, Payload, SessionId, Spec, Timestamp, Turn, WallTime,
 };
 use dagorama::broker::{Broker, Restoring, Settings};
 use dagorama::engine::clock::Stopwatch;
@@ -33,18 +33,7 @@ fn payload(text: &str) -> Payload {
 }
 
 fn spec(action: &str) -> Spec {
-    Spec {
-        action: action.into(),
-        queue: "default".into(),
-        taint: None,
-        priority: 0,
-        retry: Retry::default(),
-        timeout_ms: None,
-        fingerprint: None,
-        pin_code: false,
-        batch: None,
-        by_name: false,
-    }
+    Spec::of(action)
 }
 
 struct Bench {
