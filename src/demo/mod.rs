@@ -415,7 +415,7 @@ fn log_tail(path: &Path) -> String {
 
 /// Progress per action; plain lines when nobody watches.
 struct Bars {
-    bars: Vec<(&'static str, ProgressBar)>,
+    each: Vec<(&'static str, ProgressBar)>,
     all: MultiProgress,
     /// Nobody watches: a line every two seconds instead.
     plain: bool,
@@ -433,7 +433,7 @@ impl Bars {
         let style = ProgressStyle::with_template("{prefix:>14} [{bar:40}] {pos:>5}/{len:5}")
             .unwrap_or_else(|_| ProgressStyle::default_bar())
             .progress_chars("=> ");
-        let bars = ACTIONS
+        let each = ACTIONS
             .iter()
             .zip(expected)
             .map(|(action, n)| {
@@ -446,7 +446,7 @@ impl Bars {
             })
             .collect();
         Self {
-            bars,
+            each,
             all,
             plain: !options.json && !std::io::stderr().is_terminal(),
             watch: Stopwatch::start(),
@@ -455,13 +455,13 @@ impl Bars {
     }
 
     fn update(&self, journal: &processes::Journal) {
-        for (action, bar) in &self.bars {
+        for (action, bar) in &self.each {
             bar.set_position(journal.accepted.get(*action).copied().unwrap_or_default());
         }
         if self.plain && self.watch.elapsed_ms() >= self.next_line_ms.get() {
             self.next_line_ms.set(self.watch.elapsed_ms() + 2_000);
             let states: Vec<String> = self
-                .bars
+                .each
                 .iter()
                 .map(|(action, bar)| {
                     format!(
@@ -480,7 +480,7 @@ impl Bars {
     }
 
     fn finish(&self) {
-        for (_, bar) in &self.bars {
+        for (_, bar) in &self.each {
             bar.abandon();
         }
     }
