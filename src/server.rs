@@ -4,11 +4,13 @@ use std::io;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info, warn};
 
 use crate::bridges::Bridges;
 use crate::broker::command::Rejection;
 use crate::cli;
+use crate::commands::{remark, say};
 use crate::config::{self, Config, ConfigError, Listen, Override};
 use crate::edge::native::{self, Address, NativeOptions};
 use crate::engine::clock::Stopwatch;
@@ -103,13 +105,31 @@ pub struct Serving {
     thread: engine::EngineThread,
     native: native::NativeServer,
     bridges: Arc<Bridges>,
+    signals: Signals,
+}
+
+/// The signals that ask for the end.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self, ServeError> {
+        let listen = |kind| {
+            signal(kind).map_err(|source| ServeError::Io {
+                what: "cannot listen for signals".to_owned(),
+                source,
+            })
+        };
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+        })
+    }
 }
 
 /// Starts everything. With `ready_stdout`, says so in one JSON line.
-#[expect(
-    clippy::print_stdout,
-    reason = "the ready line is what --ready-stdout asks for"
-)]
 pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeError> {
     let watch = Stopwatch::start();
     if !config.server.listen.is_local() {
@@ -129,6 +149,8 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
         what: "opening the store".to_owned(),
         source: io::Error::other(source),
     })??;
+    // From here on a signal ends in order: whoever reads the ready line may send one at once.
+    let signals = Signals::listen()?;
     let bridges = Arc::new(Bridges::start(&handle, &config));
     let address = match &config.server.listen {
         Listen::Tcp(address) => Address::Tcp(*address),
@@ -184,17 +206,16 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
         "serving"
     );
     if ready_stdout {
-        println!(
-            "{}",
-            json!({"native": url, "pid": std::process::id(), "from_sled": loaded.from_sled, "from_log": loaded.from_log, "seconds": seconds})
+        say(
+            json!({"native": url, "pid": std::process::id(), "from_sled": loaded.from_sled, "from_log": loaded.from_log, "seconds": seconds}),
         );
     } else {
-        eprintln!(
+        remark(format_args!(
             "dagorama {} serves {url} from {} ({} open nodes, ready in {seconds:.3} s)",
             env!("CARGO_PKG_VERSION"),
             config.server.data_dir.display(),
             loaded.from_sled + loaded.from_log
-        );
+        ));
     }
     Ok(Serving {
         url,
@@ -202,17 +223,16 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
         thread,
         native,
         bridges,
+        signals,
     })
 }
 
 impl Serving {
     /// Serves until a signal asks for the end or the engine stops by itself.
-    pub async fn until_stopped(self) -> Result<(), ServeError> {
-        let mut terminate = signal(tokio::signal::unix::SignalKind::terminate())?;
-        let mut interrupt = signal(tokio::signal::unix::SignalKind::interrupt())?;
+    pub async fn until_stopped(mut self) -> Result<(), ServeError> {
         tokio::select! {
-            _ = terminate.recv() => info!("asked to end (SIGTERM)"),
-            _ = interrupt.recv() => info!("asked to end (SIGINT)"),
+            _ = self.signals.terminate.recv() => info!("asked to end (SIGTERM)"),
+            _ = self.signals.interrupt.recv() => info!("asked to end (SIGINT)"),
             stopped = self.handle.stopped() => error!(reason = %stopped.reason, "the engine has stopped"),
         }
         self.stop().await
@@ -231,15 +251,6 @@ impl Serving {
             }),
         }
     }
-}
-
-fn signal(
-    kind: tokio::signal::unix::SignalKind,
-) -> Result<tokio::signal::unix::Signal, ServeError> {
-    tokio::signal::unix::signal(kind).map_err(|source| ServeError::Io {
-        what: "cannot listen for signals".to_owned(),
-        source,
-    })
 }
 
 /// Whether clients have a file to read the token from.

@@ -67,6 +67,10 @@ fn every_refusal_names_place_key_value_and_way_out() {
         ("[retention]\nkeep = \"0s\"\n".into(), "b.toml:2", &["keep is 0s"]),
         ("[server]\nlisten = \"0.0.0.0:7373\"\n".into(), "b.toml:2", &["0.0.0.0:7373", "no TLS", "insecure_listen = true"]),
         ("[server]\ndata_dir = \"\"\n".into(), "b.toml:2", &["data_dir is empty"]),
+        // A path that is none, by name and by position; neither shape.
+        (format!("[connection.f]\ntype = \"file\"\n[[route]]\nname = \"r\"\n{from}\naction = \"a\"\narguments = {{ u = \"bdy.url\" }}\n"), "b.toml:7", &["\"bdy.url\" is no path", "use body"]),
+        (format!("[connection.f]\ntype = \"file\"\n[[route]]\nname = \"r\"\n{from}\naction = \"a\"\narguments = [\"bdy.url\"]\n"), "b.toml:7", &["\"bdy.url\" is no path", "use body"]),
+        (format!("[connection.f]\ntype = \"file\"\n[[route]]\nname = \"r\"\n{from}\naction = \"a\"\narguments = 3\n"), "b.toml:7", &["a table of names and paths"]),
         // Not built yet.
         ("[connection.k]\ntype = \"kafka\"\nbootstrap = [\"k\"]\n".into(), "b.toml:2", &["connection.k.type = \"kafka\"", "Kafka bridge is not yet available"]),
         ("[connection.r]\ntype = \"amqp\"\n".into(), "b.toml:2", &["RabbitMQ", "not yet available"]),
