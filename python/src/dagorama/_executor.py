@@ -124,6 +124,7 @@ class Executor:
         self._wake, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._parent: int | None = None
+        self._orphan = False  # the supervisor is gone
         self._lock = threading.Lock()  # one frame at a time
         self._flushing = threading.RLock()  # held by whoever takes outcomes, and while the connection is made anew
         self._poll: select.poll | None = None
@@ -227,10 +228,24 @@ class Executor:
             except (OSError, ConnectionLost) as error:
                 if once:
                     raise ConnectionLost(str(error)) from error
-                if self._draining and (until is None or time.monotonic() > until):
+                self._pause(pause)
+                if self._draining and (self._orphan or until is None or time.monotonic() > until):
                     raise self._address.unavailable(error) from error
-                time.sleep(pause)
                 pause = min(pause * 1.5, 1.0)
+
+    def _pause(self, seconds: float) -> None:
+        """Sleep, unless the supervisor goes: nobody would end a process that waits for a broker which stays away."""
+        parent = self._parent
+        if parent is None:
+            time.sleep(seconds)
+            return
+        poll = select.poll()
+        poll.register(parent, select.POLLIN)
+        if poll.poll(seconds * 1000):
+            self._orphaned()
+
+    def _orphaned(self) -> None:
+        self._draining, self._orphan, self._parent = True, True, None
 
     def _resume(self, held: set[Key]) -> None:
         queue = [entry for entry in self._queue if _keys(entry) & held]
@@ -374,7 +389,7 @@ class Executor:
                     self._handle(reader)
                 elif fd == self._parent:
                     poll.unregister(fd)
-                    self._draining, self._parent = True, None
+                    self._orphaned()
                 elif fd == self._wake.fileno():
                     self._wake.recv(64)
 
