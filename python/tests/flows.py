@@ -268,6 +268,12 @@ def too_long(name: str) -> str:
     return f"attempt {current().attempt}"
 
 
+@action(timeout=5)
+def in_time() -> int:
+    time.sleep(0.5)
+    return current().attempt
+
+
 @action
 def wait_for_cancel() -> int:
     journal("waiting")

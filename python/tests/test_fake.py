@@ -284,6 +284,35 @@ def test_process_isolation_timeouts_crashes_and_drain(fake: FakeBroker, client: 
     assert set(fake.heartbeats) >= {1, 2, 3}
 
 
+def test_a_call_that_ends_while_its_process_is_being_halted_keeps_its_outcome(
+        fake: FakeBroker, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import flows
+
+    from dagorama._worker import Worker, _Child
+
+    monkeypatch.setenv("FLOWS_JOURNAL", str(tmp_path / "journal"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    asked, halt, seen = [], _Child.halt, Worker._look_after
+
+    def early(worker: Worker, child: _Child, now: float) -> None:
+        seen(worker, child, now + (1000 if not asked else 0))  # the first deadline is over as soon as it is seen
+
+    def late(child: _Child, still: Any) -> bool:
+        asked.append(still())
+        until = time.monotonic() + 10
+        while still() and time.monotonic() < until:
+            time.sleep(0.01)
+        return halt(child, still)
+
+    monkeypatch.setattr(Worker, "_look_after", early)
+    monkeypatch.setattr(_Child, "halt", late)
+    with running(isolation="process", concurrency=1):
+        assert flows.in_time.submit().result(20) == 1
+        assert flows.add.submit(1, 2).result(20) == 3  # the process was let go on
+    assert asked == [True]
+    assert [entry for entry in fake.log if entry[0] == "end" and entry[1][3] > 2] == []
+
+
 def test_no_isolation_runs_in_the_calling_thread(fake: FakeBroker, client: Client) -> None:
     import flows
 

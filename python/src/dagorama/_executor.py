@@ -57,7 +57,10 @@ _GONE = {"LEASE_EXPIRED", "LEASE_REVOKED", "LEASE_UNKNOWN", "COMPLETION_CONFLICT
 
 
 class Slot:
-    """What the supervisor sees of an executor: 0 session, 8 deadline, 16 running, 17 retry a timeout, 20 count, 24 lease heads."""
+    """What the supervisor sees of an executor: 0 session, 8 deadline, 16 running, 17 retry a timeout, 20 count, 24 lease heads.
+
+    The deadline is zero while no call with a timeout runs; no two calls of a process have the same.
+    """
 
     SIZE = 64 << 10
     MAX = (SIZE - 24) // LEASE_HEAD

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any, Literal
 
 from . import _names
@@ -117,6 +117,21 @@ class _Child:
                 self.process.send_signal(signal.SIGTERM)
         elif self.executor is not None:
             self.executor.stop()
+
+    def halt(self, still: Callable[[], bool]) -> bool:
+        """Stop the process where it is, provided that this still holds when it has stopped; a thread cannot be stopped."""
+        if self.process is None:
+            return still()
+        with contextlib.suppress(OSError):
+            self.process.send_signal(signal.SIGSTOP)
+            until = time.monotonic() + 0.2
+            while not self.frozen() and self.process.poll() is None and time.monotonic() < until:
+                time.sleep(0.0005)
+        if still():
+            return True
+        with contextlib.suppress(OSError):
+            self.process.send_signal(signal.SIGCONT)
+        return False
 
     def kill(self) -> None:
         """End it at once; threads cannot be."""
@@ -264,9 +279,9 @@ class Worker:
     def _look_after(self, child: _Child, now: float) -> None:
         code = child.code()
         if code is None:
-            (deadline,) = _DEADLINE.unpack(child.slot.memory[8:16])
-            if deadline and now > deadline and child.slot.memory[16]:
-                self._time_out(child)
+            mark = bytes(child.slot.memory[8:16])
+            if any(mark) and now > _DEADLINE.unpack(mark)[0] and child.slot.memory[16]:
+                self._time_out(child, mark)
             return
         self._children.remove(child)
         if code == CANNOT_START and child.process is not None:
@@ -283,13 +298,19 @@ class Worker:
                 self._stopped(0.5)  # not as fast as it dies
             self._children.append(_Child(self))
 
-    def _time_out(self, child: _Child) -> None:
-        """End a call that took too long. Its outcome is reported here: the process cannot."""
+    def _time_out(self, child: _Child, mark: bytes) -> None:
+        """End the call with this deadline. Its outcome is reported here: the process cannot.
+
+        The deadline tells one call from every other one of its process: it is set when a timed call begins and cleared when the
+        call ends. The process is halted first, so that the call cannot end, nor another one begin, between the last look and the
+        end. Where /proc does not show that it has halted, a moment remains in which an outcome that is just being made is lost
+        with the process: then the call counts as one that took too long, which it has.
+        """
         assert self._channel is not None
+        if not child.halt(lambda: child.slot.memory[8:16] == mark):
+            return  # it ended in the last moment
         running, retry = child.slot.running(), bool(child.slot.memory[17])
         child.kill()
-        if child.process is not None and child.slot.running() != running:
-            return  # it ended in the last moment, and the process has begun something else: treated as a death
         child.timed_out = True
         child.slot.memory[8:16] = bytes(8)
         parts = []
