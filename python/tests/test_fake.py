@@ -178,6 +178,8 @@ def test_refused_submission_has_the_code_of_the_broker(flows: Any, fake: FakeBro
     with pytest.raises(DagoramaError, match="DISK_FULL") as caught:
         flows.add.submit(1, 2)
     assert caught.value.code == "DISK_FULL"
+    fake.refuse = {"code": "STOPPING", "message": "the broker is stopping", "retryable": True}
+    assert flows.add.submit(1, 2).result(10) == 3
 
 
 def test_wrong_token(fake: FakeBroker) -> None:
@@ -249,6 +251,33 @@ def test_stopping_is_no_answer(flows: Any, fake: FakeBroker, monkeypatch: pytest
     assert flows.fan.submit(400).result(30) == 159600
     assert flows.flushed.submit(10).result(10) == 90
     assert sorted(refused) == ["create", "fetch", "hello"]
+
+
+@pytest.mark.parametrize("verb", ["submit", "wait", "fetch", "cancel", "show"])
+def test_a_client_repeats_what_a_stopping_broker_refused(flows: Any, fake: FakeBroker, monkeypatch: pytest.MonkeyPatch,
+                                                         verb: str) -> None:
+    real, refused = getattr(fake, f"_on_{verb}"), []
+
+    def handler(c: Any, request: int, body: bytes) -> None:
+        if len(refused) < 3 and not c.queues:  # of a client
+            refused.append(verb)
+            fake._error(c, request, "STOPPING", "the broker is stopping")
+        else:
+            real(c, request, body)
+
+    monkeypatch.setattr(fake, f"_on_{verb}", handler)
+    run = flows.spread.submit(5)
+    assert run.result(10) == [0, 2, 4, 6, 8] and run.state() == "succeeded"
+    run.cancel()
+    assert len(refused) == 3 and len(fake.runs) == 1
+
+
+def test_a_broker_that_goes_on_stopping_is_unavailable(fake: FakeBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    import flows
+
+    monkeypatch.setattr(fake, "_on_submit", lambda c, request, body: fake._error(c, request, "STOPPING", "the broker is stopping"))
+    with Client(fake.url, token=fake.token, timeout=0.5), pytest.raises(BrokerUnavailable, match="stopping"):
+        flows.add.submit(1, 2)
 
 
 def test_a_late_outcome_is_refused_and_harms_nobody(flows: Any, fake: FakeBroker) -> None:

@@ -106,7 +106,7 @@ def greet(address: Address, token: str | None, hello: Mapping[str, object], time
 
 
 class _Pending:
-    __slots__ = ("frame", "future", "parts", "patience", "verb")
+    __slots__ = ("frame", "future", "parts", "patience", "refused", "verb")
 
     def __init__(self, verb: int, data: bytes, patience: float) -> None:
         self.verb = verb
@@ -114,6 +114,7 @@ class _Pending:
         self.patience = patience
         self.future: Future[list[Bytes]] = Future()
         self.parts: list[Bytes] = []
+        self.refused = 0.0  # when a broker that was stopping first refused it
 
 
 class Channel:
@@ -231,13 +232,27 @@ class Channel:
             return
         with contextlib.suppress(InvalidStateError):  # given up by whoever asked
             if verb == ERROR:
+                no = refusal(body)
+                if no.code == "STOPPING":
+                    self._postpone(request, pending, no)
                 del self._pending[request]
-                pending.future.set_exception(refusal(body))
+                pending.future.set_exception(no)
             elif flags & MORE:
                 pending.parts.append(body)
             else:
                 del self._pending[request]
                 pending.future.set_result([*pending.parts, body])
+
+    def _postpone(self, request: int, pending: _Pending, no: DagoramaError) -> None:
+        """Going down is no answer: the next life of the broker gives one, to the same request."""
+        now = time.monotonic()
+        pending.refused = pending.refused or now
+        if now - pending.refused > pending.patience:
+            del self._pending[request]
+            pending.future.set_exception(self.address.unavailable(no))
+        else:
+            time.sleep(0.05)  # should it go down slowly
+        raise ConnectionLost(str(no))
 
     def _again(self) -> Reader | None:
         lost = time.monotonic()

@@ -53,6 +53,7 @@ class _Child:
         self.worker = worker
         self.started = time.monotonic()
         self.timed_out = False
+        self.ended = False  # of a thread
         self.process: subprocess.Popen[bytes] | None = None
         self.thread: threading.Thread | None = None
         self.executor: Executor | None = None
@@ -92,13 +93,14 @@ class _Child:
         except DagoramaError as error:
             if not self.worker._stopped():
                 warn(str(error))
+        finally:
+            self.ended = True
 
     def code(self) -> int | None:
         """``None`` while it lives; 0 when it left in order."""
         if self.process is not None:
             return self.process.poll()
-        assert self.thread is not None
-        return None if self.thread.is_alive() or self.thread.ident is None else 0
+        return 0 if self.ended else None
 
     def frozen(self) -> bool:
         """Stopped by a signal: then its leases should lapse, as they do when a machine freezes."""
