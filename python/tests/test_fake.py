@@ -280,6 +280,20 @@ def test_a_broker_that_goes_on_stopping_is_unavailable(fake: FakeBroker, monkeyp
         flows.add.submit(1, 2)
 
 
+def test_credit_that_the_broker_spent_on_nothing_is_asked_for_again(flows: Any, fake: FakeBroker) -> None:
+    assert flows.add.submit(1, 2).result(10) == 3
+    time.sleep(0.1)
+    with fake.lock:
+        for connection in fake.connections:
+            connection.credit = 0
+    began = time.monotonic()
+    assert flows.add.submit(1, 2).result(10) == 3
+    assert time.monotonic() - began < 5
+    before = len(fake.log)
+    time.sleep(3)
+    assert len([entry for entry in fake.log[before:] if entry[0] == "hello"]) <= 6, "less and less often"
+
+
 def test_a_late_outcome_is_refused_and_harms_nobody(flows: Any, fake: FakeBroker) -> None:
     run = flows.leaves.submit(4, 0.3)
     time.sleep(0.2)

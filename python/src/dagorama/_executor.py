@@ -7,6 +7,9 @@ the process dies, give back everything but the culprit.
 Outcomes leave when there are 256, when nothing is left to run, before an action that was slow the last time, and by a helper
 thread when they are older than 20 ms. Credit is one call plus what 50 ms of observed run time are worth; when a call turns out
 to be slow while more was asked for, the session comes back anew (`_retreat`), which gives leases and credit to others.
+
+The broker can spend credit on a call that never arrives, because it could not be read or was taken back. So when nothing has come
+for two heartbeats, the session comes back anew too, and asks again: then after four, after eight, …, while nothing comes.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ _DEADLINE = Struct("<d")
 PER_FRAME = 256
 FRAME_BYTES = 16 << 20
 MAX_WINDOW = 2048
+MAX_QUIET = 600.0
 WORTH = 0.05
 SLOW = 0.002
 _GONE = {"LEASE_EXPIRED", "LEASE_REVOKED", "LEASE_UNKNOWN", "COMPLETION_CONFLICT", "UNKNOWN_RUN", "UNKNOWN_NODE"}
@@ -143,6 +147,7 @@ class Executor:
         self._request = itertools.count(1)
         self._defined = 0
         self._owed = 0  # calls the broker may still send
+        self._quiet = self._quiet_at_first = 20.0  # so long nothing may arrive before the credit is doubted
         self._window = 1
         self._per_call = WORTH
         self._flushed = 0.0
@@ -170,7 +175,9 @@ class Executor:
                         self._work()
                     else:
                         self._flush()
-                        self._receive()
+                        if not self._receive(self._quiet):
+                            self._quiet = min(self._quiet * 2, MAX_QUIET)
+                            self._connect()
                 except ConnectionLost:
                     self._connect()
             self._leave()
@@ -225,6 +232,9 @@ class Executor:
                             self._poll.register(fd, select.POLLIN)
                     self._defined = 0
                     self._hello["session"] = greeting["session"]
+                    beats = 2 * greeting.get("heartbeat_ms", 10_000) / 1000
+                    if beats != self._quiet_at_first:
+                        self._quiet = self._quiet_at_first = beats
                     self._slot[0:8] = int(greeting["session"], 16).to_bytes(8, "little")
                     self._resume({(run, node, attempt) for run, node, attempt in greeting["leases"]})
                 return
@@ -380,21 +390,24 @@ class Executor:
 
     # ---- receiving ----
 
-    def _receive(self, timeout: float | None = None) -> None:
-        """Wait for something and handle all that is here."""
+    def _receive(self, timeout: float | None = None) -> bool:
+        """Wait for something and handle all that is here; whether there was something."""
         reader, sock, poll = self._reader, self._sock, self._poll
         if reader is None or sock is None or poll is None:
             raise ConnectionLost
-        if not self._handle(reader):
-            for fd, _ in poll.poll(None if timeout is None else timeout * 1000):
-                if fd == sock.fileno():
-                    reader.fill()
-                    self._handle(reader)
-                elif fd == self._parent:
-                    poll.unregister(fd)
-                    self._orphaned()
-                elif fd == self._wake.fileno():
-                    self._wake.recv(64)
+        if self._handle(reader):
+            return True
+        here = poll.poll(None if timeout is None else timeout * 1000)
+        for fd, _ in here:
+            if fd == sock.fileno():
+                reader.fill()
+                self._handle(reader)
+            elif fd == self._parent:
+                poll.unregister(fd)
+                self._orphaned()
+            elif fd == self._wake.fileno():
+                self._wake.recv(64)
+        return bool(here)
 
     def _handle(self, reader: Reader) -> bool:
         any_ = False
@@ -459,6 +472,7 @@ class Executor:
             last = batch
             calls += 1
         self._owed = max(0, self._owed - calls)
+        self._quiet = self._quiet_at_first
 
     def _on_revoke(self, keys: list[Key]) -> None:
         gone = set(keys)
