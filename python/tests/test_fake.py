@@ -65,6 +65,25 @@ def test_failure_has_traceback_cause_and_node(flows: Any) -> None:
     assert "raise ValueError(text)" in error.remote_traceback and "_executor" not in error.remote_traceback
 
 
+@pytest.mark.parametrize("name, args, kwargs, frames", [
+    ("fail", ("boo",), {}, ["fail"]), ("fail", (), {"text": "boo"}, ["fail"]), ("fail_timed", ("boo",), {}, ["fail_timed"]),
+    ("afail", ("boo",), {}, ["afail"]), ("afail", (), {"text": "boo"}, ["afail"]), ("fail_batch", ("boo",), {}, ["fail_batch"]),
+    ("fail_one", ("boo",), {}, [])])
+def test_a_traceback_begins_with_the_users_code(flows: Any, name: str, args: tuple[str, ...], kwargs: dict[str, str],
+                                                frames: list[str]) -> None:
+    with pytest.raises(ActionFailed, match="boo") as caught:
+        getattr(flows, name).submit(*args, **kwargs).result(10)
+    said = caught.value.remote_traceback.splitlines()
+    assert [line.rpartition(" in ")[2] for line in said if line.startswith("  File ")] == frames, said
+    assert said[-1] == "ValueError: boo"
+
+
+def test_a_wrong_call_by_name_shows_no_frames_of_ours(flows: Any, client: Client) -> None:
+    with pytest.raises(ActionFailed, match=r"fail\(\) missing 1 required") as caught:
+        client.emit("flows.fail").result(10)
+    assert "File" not in caught.value.remote_traceback
+
+
 def test_failure_rebuilds_the_chain_of_causes(flows: Any) -> None:
     with pytest.raises(ActionFailed) as caught:
         flows.fail_with_cause.submit().result(10)

@@ -513,7 +513,7 @@ class Executor:
             if end in (FAILED, FAILED_RETRY, RELEASED):
                 warn(f"the broker refused the end of node {run:x}/{node}: {error}")
                 continue
-            said = describe(error, "", "", attempt, 0)
+            said = describe(error, "", "", attempt)
             self._items.append(FINISH.pack(run, node, attempt, token, FAILED, JSON, 0, 0, 0, len(said)) + said)
 
     def _ask(self, verb: int, body: bytes, until: float | None = None) -> list[Bytes]:
@@ -713,10 +713,10 @@ class Executor:
         policy = (attempt.retry if attempt is not None else None) or handler.retry
         end = FAILED_RETRY if policy._covers(type(error)) else FAILED
         try:
-            said = describe(error, handler.name, f"{run_text(run, salt)}/{node}", number, 1 if handler.plain else 2)
+            said = describe(error, handler.name, f"{run_text(run, salt)}/{node}", number)
         except BaseException as worse:
             said = describe(DagoramaError(f"the error of {handler.name} cannot be described: {type(worse).__name__}"), handler.name,
-                            f"{run_text(run, salt)}/{node}", number, 0)
+                            f"{run_text(run, salt)}/{node}", number)
         return FINISH.pack(run, node, number, token, end, JSON, 0, 0, 0, len(said)) + said
 
     def _bundle(self, leases: list[Lease]) -> None:

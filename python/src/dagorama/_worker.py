@@ -318,7 +318,7 @@ class Worker:
         parts = []
         for run, salt, node, attempt, token in running:
             error = TimeoutError("the attempt took longer than the timeout of its action")
-            said = describe(error, "", f"{run_text(run, salt)}/{node}", attempt, 0)
+            said = describe(error, "", f"{run_text(run, salt)}/{node}", attempt)
             end = TIMED_OUT_RETRY if retry else TIMED_OUT
             parts.append(FINISH.pack(run, node, attempt, token, end, JSON, 0, 0, 0, len(said)) + said)
         with contextlib.suppress(DagoramaError, TimeoutError):
