@@ -85,11 +85,15 @@ class Slot:
         heads = bytes(self.memory[24 : 24 + count * LEASE_HEAD])
         return [(*_HEAD.unpack_from(heads, i), heads[i + 24 : i + 40]) for i in range(0, len(heads), LEASE_HEAD)]
 
-    def clear(self) -> None:
-        """Forget the last user of the memory."""
-        self.memory[0:24] = bytes(24)
+    def leave(self, words: str) -> None:
+        """Last words of a process that cannot start."""
+        said = words.encode(errors="replace")[: self.SIZE - 24]
+        self.memory[20:24] = U32.pack(len(said))
+        self.memory[24 : 24 + len(said)] = said
 
-
+    def words(self) -> str:
+        """What `leave` left."""
+        return bytes(self.memory[24 : 24 + U32.unpack(self.memory[20:24])[0]]).decode(errors="replace")
 
 
 class Handler:
