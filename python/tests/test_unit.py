@@ -585,3 +585,34 @@ def test_names_of_modules(given: str, expected: str | None) -> None:
         return
     with pytest.raises(ValueError, match="is not a module: write it as in `import my_module`"):
         module_name(given)
+
+
+PROGRAM = """
+from dagorama import DagoramaError, action
+
+@action
+def double(x: int) -> int:
+    return 2 * x
+
+@action(name="elsewhere.double")
+def named(x: int) -> int: ...
+
+print(double(2))
+for each in (double, named):
+    try:
+        each.submit(1)
+    except DagoramaError as error:
+        print(each.name, error.code)
+"""
+
+
+@pytest.mark.parametrize("how, name, code", [
+    ("stdin", "__main__.double", "NOT_IMPORTABLE"), ("-c", "__main__.double", "NOT_IMPORTABLE"), ("script", "__main__.double", "NOT_IMPORTABLE"),
+    ("script.py", "script.double", "BROKER_UNAVAILABLE"), ("-m", "script.double", "BROKER_UNAVAILABLE")])
+def test_actions_that_no_worker_can_import_are_refused_when_submitted(tmp_path: Path, how: str, name: str, code: str) -> None:
+    for file in ("script", "script.py"):
+        (tmp_path / file).write_text(PROGRAM)
+    words = {"stdin": ["-"], "-c": ["-c", PROGRAM], "-m": ["-m", "script"]}.get(how, [how])
+    done = subprocess.run([sys.executable, *words], input=PROGRAM if how == "stdin" else "", cwd=tmp_path, text=True, capture_output=True,
+                          timeout=60, env={**os.environ, "PYTHONPATH": str(TESTS.parent / "src"), "DAGORAMA_URL": "dagorama://127.0.0.1:1"})
+    assert done.stdout.splitlines() == ["4", f"{name} {code}", "elsewhere.double BROKER_UNAVAILABLE"], done.stderr
