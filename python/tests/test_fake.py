@@ -281,7 +281,8 @@ def test_stopping_is_no_answer(flows: Any, fake: FakeBroker, monkeypatch: pytest
 @pytest.mark.parametrize("verb", ["submit", "wait", "fetch", "cancel", "show"])
 def test_a_client_repeats_what_a_stopping_broker_refused(flows: Any, fake: FakeBroker, monkeypatch: pytest.MonkeyPatch,
                                                          verb: str) -> None:
-    real, refused = getattr(fake, f"_on_{verb}"), []
+    real = getattr(fake, f"_on_{verb}")
+    refused: list[str] = []
 
     def handler(c: Any, request: int, body: bytes) -> None:
         if len(refused) < 3 and not c.queues:  # of a client
@@ -360,7 +361,8 @@ def test_a_call_that_ends_while_its_process_is_being_halted_keeps_its_outcome(
 
     monkeypatch.setenv("FLOWS_JOURNAL", str(tmp_path / "journal"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    asked, halt, seen = [], _Child.halt, Worker._look_after
+    halt, seen = _Child.halt, Worker._look_after
+    asked: list[bool] = []
 
     def early(worker: Worker, child: _Child, now: float) -> None:
         seen(worker, child, now + (1000 if not asked else 0))  # the first deadline is over as soon as it is seen
@@ -408,8 +410,8 @@ def test_prefetched_calls_are_given_back_when_one_is_slow(fake: FakeBroker, clie
 def command(folder: Path, *words: str, **env: str) -> Iterator[subprocess.Popen[str]]:
     """`dagorama worker …` in a directory, with two processes."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "dagorama", "worker", "--concurrency", "2", *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": f"{SRC}{os.pathsep}{TESTS}", **env})
+        [sys.executable, "-m", "dagorama", "worker", "--concurrency", "2", *words], cwd=folder, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": f"{SRC}{os.pathsep}{TESTS}", **env})
     try:
         with process:
             yield process

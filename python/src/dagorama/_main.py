@@ -16,7 +16,7 @@ EXIT_CODES = {"UNAUTHENTICATED": 5, "BROKER_UNAVAILABLE": 4}  # docs/ERRORS.md; 
 
 
 def module_name(given: str) -> str:
-    """The module that was meant: ``my_module``, ``pkg.my_module``, and for shells that complete names ``./my_module.py``, ``pkg/my_module.py``."""
+    """The module that was meant: ``pkg.my_module``, or ``./pkg/my_module.py``, as shells complete it."""
     name = given
     if given.endswith(".py") or "/" in given:
         path = os.path.normpath(given.removesuffix(".py"))
@@ -24,7 +24,8 @@ def module_name(given: str) -> str:
             path = os.path.relpath(path)
         name = path.removesuffix("/__init__").replace("/", ".")
     if not all(part.isidentifier() for part in name.split(".")):
-        raise ValueError(f"{given!r} is not a module: write it as in `import my_module`, and run this in the directory that has my_module.py")
+        raise ValueError(f"{given!r} is not a module: write it as in `import my_module`, and run this in the directory "
+                         "that has my_module.py")
     return name
 
 
