@@ -179,6 +179,26 @@ def fail(text: str) -> int:
 
 
 @action
+async def afail(text: str) -> int:
+    raise ValueError(text)
+
+
+@batch_action(max_size=4)
+def fail_batch(texts: list[str]) -> list[int]:
+    raise ValueError(texts[0])
+
+
+@batch_action(max_size=4)
+def fail_one(texts: list[str]) -> list[int]:
+    return [ValueError(text) for text in texts]  # type: ignore[misc]
+
+
+@action(timeout=30)
+def fail_timed(text: str) -> int:
+    raise ValueError(text)
+
+
+@action
 def fail_with_cause() -> int:
     try:
         raise KeyError("inner")
@@ -266,6 +286,12 @@ def too_long(name: str) -> str:
         while True:
             pass
     return f"attempt {current().attempt}"
+
+
+@action(timeout=5)
+def in_time() -> int:
+    time.sleep(0.5)
+    return current().attempt
 
 
 @action

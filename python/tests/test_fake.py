@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import running
+from conftest import SRC, TESTS, running
 from fake import FakeBroker
 from flows import Oops
 
@@ -63,6 +69,25 @@ def test_failure_has_traceback_cause_and_node(flows: Any) -> None:
     assert (error.action, error.attempts) == ("flows.fail", 1) and error.node_id.endswith("/0")
     assert isinstance(error.__cause__, ValueError) and error.__cause__.args == ("boo",)
     assert "raise ValueError(text)" in error.remote_traceback and "_executor" not in error.remote_traceback
+
+
+@pytest.mark.parametrize("name, args, kwargs, frames", [
+    ("fail", ("boo",), {}, ["fail"]), ("fail", (), {"text": "boo"}, ["fail"]), ("fail_timed", ("boo",), {}, ["fail_timed"]),
+    ("afail", ("boo",), {}, ["afail"]), ("afail", (), {"text": "boo"}, ["afail"]), ("fail_batch", ("boo",), {}, ["fail_batch"]),
+    ("fail_one", ("boo",), {}, [])])
+def test_a_traceback_begins_with_the_users_code(flows: Any, name: str, args: tuple[str, ...], kwargs: dict[str, str],
+                                                frames: list[str]) -> None:
+    with pytest.raises(ActionFailed, match="boo") as caught:
+        getattr(flows, name).submit(*args, **kwargs).result(10)
+    said = caught.value.remote_traceback.splitlines()
+    assert [line.rpartition(" in ")[2] for line in said if line.startswith("  File ")] == frames, said
+    assert said[-1] == "ValueError: boo"
+
+
+def test_a_wrong_call_by_name_shows_no_frames_of_ours(flows: Any, client: Client) -> None:
+    with pytest.raises(ActionFailed, match=r"fail\(\) missing 1 required") as caught:
+        client.emit("flows.fail").result(10)
+    assert "File" not in caught.value.remote_traceback
 
 
 def test_failure_rebuilds_the_chain_of_causes(flows: Any) -> None:
@@ -178,6 +203,8 @@ def test_refused_submission_has_the_code_of_the_broker(flows: Any, fake: FakeBro
     with pytest.raises(DagoramaError, match="DISK_FULL") as caught:
         flows.add.submit(1, 2)
     assert caught.value.code == "DISK_FULL"
+    fake.refuse = {"code": "STOPPING", "message": "the broker is stopping", "retryable": True}
+    assert flows.add.submit(1, 2).result(10) == 3
 
 
 def test_wrong_token(fake: FakeBroker) -> None:
@@ -251,6 +278,48 @@ def test_stopping_is_no_answer(flows: Any, fake: FakeBroker, monkeypatch: pytest
     assert sorted(refused) == ["create", "fetch", "hello"]
 
 
+@pytest.mark.parametrize("verb", ["submit", "wait", "fetch", "cancel", "show"])
+def test_a_client_repeats_what_a_stopping_broker_refused(flows: Any, fake: FakeBroker, monkeypatch: pytest.MonkeyPatch,
+                                                         verb: str) -> None:
+    real = getattr(fake, f"_on_{verb}")
+    refused: list[str] = []
+
+    def handler(c: Any, request: int, body: bytes) -> None:
+        if len(refused) < 3 and not c.queues:  # of a client
+            refused.append(verb)
+            fake._error(c, request, "STOPPING", "the broker is stopping")
+        else:
+            real(c, request, body)
+
+    monkeypatch.setattr(fake, f"_on_{verb}", handler)
+    run = flows.spread.submit(5)
+    assert run.result(10) == [0, 2, 4, 6, 8] and run.state() == "succeeded"
+    run.cancel()
+    assert len(refused) == 3 and len(fake.runs) == 1
+
+
+def test_a_broker_that_goes_on_stopping_is_unavailable(fake: FakeBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    import flows
+
+    monkeypatch.setattr(fake, "_on_submit", lambda c, request, body: fake._error(c, request, "STOPPING", "the broker is stopping"))
+    with Client(fake.url, token=fake.token, timeout=0.5), pytest.raises(BrokerUnavailable, match="stopping"):
+        flows.add.submit(1, 2)
+
+
+def test_credit_that_the_broker_spent_on_nothing_is_asked_for_again(flows: Any, fake: FakeBroker) -> None:
+    assert flows.add.submit(1, 2).result(10) == 3
+    time.sleep(0.1)
+    with fake.lock:
+        for connection in fake.connections:
+            connection.credit = 0
+    began = time.monotonic()
+    assert flows.add.submit(1, 2).result(10) == 3
+    assert time.monotonic() - began < 5
+    before = len(fake.log)
+    time.sleep(3)
+    assert len([entry for entry in fake.log[before:] if entry[0] == "hello"]) <= 6, "less and less often"
+
+
 def test_a_late_outcome_is_refused_and_harms_nobody(flows: Any, fake: FakeBroker) -> None:
     run = flows.leaves.submit(4, 0.3)
     time.sleep(0.2)
@@ -284,6 +353,36 @@ def test_process_isolation_timeouts_crashes_and_drain(fake: FakeBroker, client: 
     assert set(fake.heartbeats) >= {1, 2, 3}
 
 
+def test_a_call_that_ends_while_its_process_is_being_halted_keeps_its_outcome(
+        fake: FakeBroker, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import flows
+
+    from dagorama._worker import Worker, _Child
+
+    monkeypatch.setenv("FLOWS_JOURNAL", str(tmp_path / "journal"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    halt, seen = _Child.halt, Worker._look_after
+    asked: list[bool] = []
+
+    def early(worker: Worker, child: _Child, now: float) -> None:
+        seen(worker, child, now + (1000 if not asked else 0))  # the first deadline is over as soon as it is seen
+
+    def late(child: _Child, still: Any) -> bool:
+        asked.append(still())
+        until = time.monotonic() + 10
+        while still() and time.monotonic() < until:
+            time.sleep(0.01)
+        return halt(child, still)
+
+    monkeypatch.setattr(Worker, "_look_after", early)
+    monkeypatch.setattr(_Child, "halt", late)
+    with running(isolation="process", concurrency=1):
+        assert flows.in_time.submit().result(20) == 1
+        assert flows.add.submit(1, 2).result(20) == 3  # the process was let go on
+    assert asked == [True]
+    assert [entry for entry in fake.log if entry[0] == "end" and entry[1][3] > 2] == []
+
+
 def test_no_isolation_runs_in_the_calling_thread(fake: FakeBroker, client: Client) -> None:
     import flows
 
@@ -302,3 +401,117 @@ def test_prefetched_calls_are_given_back_when_one_is_slow(fake: FakeBroker, clie
         run = flows.leaves.submit(30, 0.06)
         assert run.result(20) == sum(range(30))
     assert [entry for entry in fake.log if entry[0] == "end" and entry[1][3] == 5]
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def command(folder: Path, *words: str, **env: str) -> Iterator[subprocess.Popen[str]]:
+    """`dagorama worker …` in a directory, with two processes."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dagorama", "worker", "--concurrency", "2", *words], cwd=folder, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": f"{SRC}{os.pathsep}{TESTS}", **env})
+    try:
+        with process:
+            yield process
+    finally:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, 9)
+
+
+def ended(process: subprocess.Popen[str], seconds: float = 20) -> tuple[int, list[str]]:
+    said = process.communicate(timeout=seconds)[1]
+    return process.returncode, said.splitlines()
+
+
+@pytest.mark.parametrize("module, source, expected", [
+    ("absent", None, "there is no module absent: run this in the directory that has it"),
+    ("absent.py", None, "there is no module absent: run this"),
+    ("broken", "x = 1\nraise RuntimeError('boo')\n", "RuntimeError: boo"),
+    ("broken", "import absent\n", "ModuleNotFoundError: No module named 'absent'"),
+    ("broken", "def f(:\n", "SyntaxError"),
+    ("leaves", "import sys\nsys.exit('no')\n", "SystemExit: no"),
+    ("dies", "import os\nos._exit(3)\n", "exit code 3"),
+    ("empty", "def f(): ...\n", "no action is defined in empty ("),
+    ("json", None, "no action is defined in json ("),
+    ("../x.py", None, "is not a module")])
+def test_a_worker_that_cannot_start_says_why_once(fake: FakeBroker, tmp_path: Path, module: str, source: str | None, expected: str) -> None:
+    if source is not None:
+        (tmp_path / f"{module}.py").write_text(source)
+    with command(tmp_path, module) as process:
+        code, said = ended(process)
+    assert code == 2 and "\n".join(said).count(expected) == 1, said
+    assert not [line for line in said if "_worker.py" in line or "importlib" in line], said
+    assert len([line for line in said if line.startswith("Traceback")]) == (module in ("broken", "leaves") and "def f(:" not in str(source))
+
+
+@pytest.mark.parametrize("env, expected", [
+    ({"DAGORAMA_TOKEN": "wrong"}, "the token in DAGORAMA_TOKEN is not the broker's"),
+    ({"DAGORAMA_TOKEN": ""}, "DAGORAMA_TOKEN is not set and {state}/127.0.0.1-{port}.token does not exist"),
+    ({"DAGORAMA_TOKEN": "", "file": "wrong"}, "the token in {state}/127.0.0.1-{port}.token is not the broker's")])
+def test_a_worker_without_the_right_token_ends_with_5_and_the_remedy(fake: FakeBroker, tmp_path: Path, env: dict[str, str],
+                                                                    expected: str) -> None:
+    port = fake.url.rpartition(":")[2]
+    if "file" in env:
+        (tmp_path / f"127.0.0.1-{port}.token").write_text(env["file"])
+    with command(tmp_path, "flows", **env, DAGORAMA_STATE_DIR=str(tmp_path)) as process:
+        code, said = ended(process)
+    assert code == 5 and len(said) == 1 and expected.format(state=tmp_path, port=port) in said[0], said
+
+
+def test_a_worker_says_what_it_serves_and_an_idle_one_leaves_silently(fake: FakeBroker, client: Client, tmp_path: Path) -> None:
+    import flows
+
+    with command(tmp_path, f"{TESTS}/flows.py", "flows", "--queue", "default", "--queue", "b") as process:
+        assert ended(process)[0] == 2  # outside of this directory
+    with command(TESTS, "./flows.py", "--queue", "default", "--queue", "b") as process:
+        assert flows.add.submit(1, 2).result(20) == 3
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        code, said = ended(process)
+    assert (code, said) == (0, [f"dagorama worker: modules flows, queues default, b, 2 processes, broker {fake.url}"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_busy_worker_waits_and_the_second_signal_stops_it_at_once(fake: FakeBroker, client: Client, tmp_path: Path,
+                                                                   number: signal.Signals) -> None:
+    import flows
+
+    with command(tmp_path, "flows") as process:
+        run = flows.leaves.submit(1, 2.0)
+        until = time.monotonic() + 20
+        while not [n for r in fake.runs for n in r.nodes if n.kind == "leased" and n.number == 1] and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(number)
+        code, said = ended(process)
+        assert code == 0 and said[1:] == ["dagorama: waiting for 1 running call; again to stop at once"]
+        assert [entry for entry in fake.log if entry[0] == "end" and entry[1][1] == 1 and entry[1][3] == 0]  # its outcome
+        run.cancel()
+    with command(tmp_path, "flows") as process:
+        run = flows.leaves.submit(1, 60.0)
+        while not [n for n in fake.runs[-1].nodes if n.kind == "leased" and n.number == 1] and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(number)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(number)
+        began = time.monotonic()
+        code, said = ended(process)
+        assert time.monotonic() - began < 5
+        assert code == 128 + number and said[1] == "dagorama: waiting for 1 running call; again to stop at once"
+        run.cancel()
+
+
+def test_the_journals_directory_is_made_or_its_absence_told_once(fake: FakeBroker, client: Client, tmp_path: Path) -> None:
+    import flows
+
+    folder = tmp_path / "a" / "b"
+    with command(tmp_path, "flows", DAGORAMA_JOURNAL=str(folder)) as process:
+        assert flows.add.submit(1, 2).result(20) == 3
+        process.terminate()
+        assert ended(process)[0] == 0
+    assert any(file.read_text() for file in folder.glob("*.jsonl"))
+    (tmp_path / "file").touch()
+    with command(tmp_path, "flows", DAGORAMA_JOURNAL=str(tmp_path / "file" / "x")) as process:
+        code, said = ended(process)
+    assert code == 2 and "\n".join(said).count("DAGORAMA_JOURNAL") == 1, said

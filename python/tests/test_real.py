@@ -319,6 +319,32 @@ def test_supervisor_killed_takes_its_processes_along(real: Real) -> None:
     once(site, run, 60)
 
 
+def test_processes_do_not_outlive_their_supervisor_while_the_broker_is_away(real: Real) -> None:
+    site = real()
+    worker = site.worker("--concurrency", "2")
+    assert flows.fan.submit(10).result(30) == 90
+    group = worker.process.pid
+    assert len(members(group)) == 3
+    site.broker.kill()
+    time.sleep(0.5)  # both are connecting again and again
+    worker.process.kill()
+    worker.process.wait()
+    site.wait_for(lambda: not members(group), 5)
+    site.broker.start()
+
+
+def members(group: int) -> list[int]:
+    """The living processes of a process group."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit():
+                state, _, of = (entry / "stat").read_text().rpartition(") ")[2].split()[:3]
+                if int(of) == group and state != "Z":
+                    found.append(int(entry.name))
+    return found
+
+
 def test_slow_calls_are_shared_out_although_fast_ones_were_asked_for_in_hundreds(real: Real) -> None:
     site = real()
     site.worker("--concurrency", "1")

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import operator
+import os
 import pickle
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from dagorama._connection import Address
 from dagorama._current import RUNNING, Attempt
 from dagorama._exceptions import describe, rebuild
 from dagorama._executor import Executor, Slot
+from dagorama._main import module_name
 from dagorama._msgpack import unpack
 from dagorama._payload import decode, decode_arguments, encode_result, read_values
 
@@ -566,3 +568,51 @@ def test_a_lease_that_was_given_back_at_the_greeting_is_not_run_when_it_arrives(
     executor._wake.close()
     executor._waker.close()
     assert queued == [[(3, 1)], [(4, 2)], [(6, 1)]]
+
+
+# ---- the command line of the worker ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given, expected", [
+    ("my_module", "my_module"), ("pkg.mod", "pkg.mod"), ("my_module.py", "my_module"), ("./my_module.py", "my_module"),
+    ("./my_module", "my_module"), ("pkg/mod.py", "pkg.mod"), ("pkg/mod", "pkg.mod"), ("pkg/__init__.py", "pkg"), ("pkg//mod.py", "pkg.mod"),
+    (os.path.join(os.getcwd(), "pkg", "mod.py"), "pkg.mod"),
+    ("../other.py", None), ("/nowhere/other.py", None), ("a-b", None), ("a-b.py", None), ("", None), (".", None), ("./", None),
+    ("a..b", None), (".py", None)])
+def test_names_of_modules(given: str, expected: str | None) -> None:
+    if expected is not None:
+        assert module_name(given) == expected
+        return
+    with pytest.raises(ValueError, match="is not a module: write it as in `import my_module`"):
+        module_name(given)
+
+
+PROGRAM = """
+from dagorama import DagoramaError, action
+
+@action
+def double(x: int) -> int:
+    return 2 * x
+
+@action(name="elsewhere.double")
+def named(x: int) -> int: ...
+
+print(double(2))
+for each in (double, named):
+    try:
+        each.submit(1)
+    except DagoramaError as error:
+        print(each.name, error.code)
+"""
+
+
+@pytest.mark.parametrize("how, name, code", [
+    ("stdin", "__main__.double", "NOT_IMPORTABLE"), ("-c", "__main__.double", "NOT_IMPORTABLE"), ("script", "__main__.double", "NOT_IMPORTABLE"),
+    ("script.py", "script.double", "BROKER_UNAVAILABLE"), ("-m", "script.double", "BROKER_UNAVAILABLE")])
+def test_actions_that_no_worker_can_import_are_refused_when_submitted(tmp_path: Path, how: str, name: str, code: str) -> None:
+    for file in ("script", "script.py"):
+        (tmp_path / file).write_text(PROGRAM)
+    words = {"stdin": ["-"], "-c": ["-c", PROGRAM], "-m": ["-m", "script"]}.get(how, [how])
+    done = subprocess.run([sys.executable, *words], input=PROGRAM if how == "stdin" else "", cwd=tmp_path, text=True, capture_output=True,
+                          timeout=60, env={**os.environ, "PYTHONPATH": str(TESTS.parent / "src"), "DAGORAMA_URL": "dagorama://127.0.0.1:1"})
+    assert done.stdout.splitlines() == ["4", f"{name} {code}", "elsewhere.double BROKER_UNAVAILABLE"], done.stderr

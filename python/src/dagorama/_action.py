@@ -266,6 +266,10 @@ class Action(Generic[P, R_co]):
                 raise TypeError(f"{self.name}(): {error}") from None
 
     def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self.name.startswith("__main__."):
+            raise DagoramaError(f"{self.name} stands in no file that a worker could import (an interactive session, standard input, or a "
+                                "script whose name does not end in .py): move it to a module, say my_module.py, and import it from there",
+                                code="NOT_IMPORTABLE")
         args = self._bound + args
         self._check(args, kwargs)
         return args, kwargs

@@ -59,21 +59,36 @@ class Address:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
 
+    def token_file(self, peer: socket.socket) -> Path:
+        """Where `serve` writes the token for its owner."""
+        if self.path is not None:
+            return Path(self.path + ".token")
+        folder = os.environ.get("DAGORAMA_STATE_DIR")
+        host, port = peer.getpeername()[:2]
+        return (Path(folder) if folder else Path.home() / ".local/state/dagorama") / f"{host}-{port}.token"
+
     def token(self, peer: socket.socket) -> str | None:
         """The token from the environment, or from the file that `serve` wrote for its owner."""
         token = os.environ.get("DAGORAMA_TOKEN")
         if token:
             return token
-        if self.path is not None:
-            file = Path(self.path + ".token")
-        else:
-            folder = os.environ.get("DAGORAMA_STATE_DIR")
-            host, port = peer.getpeername()[:2]
-            file = (Path(folder) if folder else Path.home() / ".local/state/dagorama") / f"{host}-{port}.token"
         try:
-            return file.read_text().strip()
+            return self.token_file(peer).read_text().strip()
         except OSError:
             return None
+
+    def unauthenticated(self, given: bool, file: Path) -> DagoramaError:
+        """The error for a token that is missing or wrong: where it came from, and what to do."""
+        if given:
+            why = "the token that was given is not the broker's: leave it out to use DAGORAMA_TOKEN or the token file"
+        elif os.environ.get("DAGORAMA_TOKEN"):
+            why = f"the token in DAGORAMA_TOKEN is not the broker's: correct it, or unset it to use the file {file}"
+        elif file.exists():
+            why = f"the token in {file} is not the broker's, or cannot be read: set DAGORAMA_TOKEN to the broker's token"
+        else:
+            why = (f"there is no token: DAGORAMA_TOKEN is not set and {file} does not exist; set DAGORAMA_TOKEN, or run as the user "
+                   "who started the broker")
+        return DagoramaError(f"the broker at {self.url} refuses: {why} [UNAUTHENTICATED]", code="UNAUTHENTICATED")
 
     def unavailable(self, cause: BaseException | None) -> BrokerUnavailable:
         """The error to raise when nobody answers there."""
@@ -86,6 +101,7 @@ def greet(address: Address, token: str | None, hello: Mapping[str, object], time
     """Connect and say HELLO. `OSError` and `ConnectionLost` mean: try again; `DagoramaError`: the broker said no."""
     sock = address.connect(timeout)
     try:
+        file = address.token_file(sock)  # now: a socket that the broker has closed does not know its peer
         text = {"version": 1, "name": f"{socket.gethostname()}:{os.getpid()}", **hello,
                 "token": token if token is not None else address.token(sock)}
         sock.sendall(frame(HELLO, json.dumps(text).encode(), 1))
@@ -97,7 +113,7 @@ def greet(address: Address, token: str | None, hello: Mapping[str, object], time
             no = refusal(body)
             if no.code in ("STOPPING", "OVERLOADED"):  # it is going down, or busy: as if nobody had answered
                 raise ConnectionLost(str(no))
-            raise no
+            raise address.unauthenticated(token is not None, file) if no.code == "UNAUTHENTICATED" else no
         sock.settimeout(None)
         return sock, reader, json.loads(str(body, "utf-8"))
     except BaseException:
@@ -106,7 +122,7 @@ def greet(address: Address, token: str | None, hello: Mapping[str, object], time
 
 
 class _Pending:
-    __slots__ = ("frame", "future", "parts", "patience", "verb")
+    __slots__ = ("frame", "future", "parts", "patience", "refused", "verb")
 
     def __init__(self, verb: int, data: bytes, patience: float) -> None:
         self.verb = verb
@@ -114,6 +130,7 @@ class _Pending:
         self.patience = patience
         self.future: Future[list[Bytes]] = Future()
         self.parts: list[Bytes] = []
+        self.refused = 0.0  # when a broker that was stopping first refused it
 
 
 class Channel:
@@ -231,13 +248,27 @@ class Channel:
             return
         with contextlib.suppress(InvalidStateError):  # given up by whoever asked
             if verb == ERROR:
+                no = refusal(body)
+                if no.code == "STOPPING":
+                    self._postpone(request, pending, no)
                 del self._pending[request]
-                pending.future.set_exception(refusal(body))
+                pending.future.set_exception(no)
             elif flags & MORE:
                 pending.parts.append(body)
             else:
                 del self._pending[request]
                 pending.future.set_result([*pending.parts, body])
+
+    def _postpone(self, request: int, pending: _Pending, no: DagoramaError) -> None:
+        """Going down is no answer: the next life of the broker gives one, to the same request."""
+        now = time.monotonic()
+        pending.refused = pending.refused or now
+        if now - pending.refused > pending.patience:
+            del self._pending[request]
+            pending.future.set_exception(self.address.unavailable(no))
+        else:
+            time.sleep(0.05)  # should it go down slowly
+        raise ConnectionLost(str(no))
 
     def _again(self) -> Reader | None:
         lost = time.monotonic()

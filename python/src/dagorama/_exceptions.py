@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+import importlib
 import itertools
 import json
+import os
 import pickle
 import traceback
 from types import TracebackType
@@ -19,12 +22,34 @@ _PICKLE_LIMIT = 1 << 20
 _TEXT_LIMIT = 1 << 18
 
 
-def describe(error: BaseException, action: str, node_id: str, attempt: int, skip: int = 1) -> bytes:
-    """The error of an attempt; the first ``skip`` frames of its traceback are ours."""
-    trace: TracebackType | None = error.__traceback__
-    for _ in range(skip):
-        if trace is not None:
-            trace = trace.tb_next
+_OURS = (os.path.dirname(os.path.abspath(__file__)) + os.sep, os.path.dirname(asyncio.__file__) + os.sep)
+
+
+def users_part(error: BaseException) -> TracebackType | None:
+    """Its traceback from the first frame on that is neither ours nor of the event loop which we run."""
+    trace = error.__traceback__
+    while trace is not None and (trace.tb_frame.f_code.co_filename.startswith(_OURS) or _importing(trace)):
+        trace = trace.tb_next
+    return trace
+
+
+def _importing(trace: TracebackType) -> bool:
+    name = trace.tb_frame.f_code.co_filename
+    return name.startswith("<frozen importlib") or name == importlib.__file__
+
+
+def _raised_in(trace: TracebackType | None, file: str) -> bool:
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and os.path.basename(trace.tb_frame.f_code.co_filename) == file
+
+
+def describe(error: BaseException, action: str, node_id: str, attempt: int) -> bytes:
+    """The error of an attempt. Without a frame of the user's, what was raised where we call has no traceback (the call was wrong, or
+    the exception was a result of a batch), and what was raised deeper has all of it."""
+    trace = users_part(error)
+    if trace is None and not isinstance(error, DagoramaError) and not _raised_in(error.__traceback__, "_executor.py"):
+        trace = error.__traceback__
     try:
         text = "".join(traceback.format_exception(type(error), error, trace))
     except Exception:  # an exception whose __str__ raises

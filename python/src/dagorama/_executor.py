@@ -7,6 +7,9 @@ the process dies, give back everything but the culprit.
 Outcomes leave when there are 256, when nothing is left to run, before an action that was slow the last time, and by a helper
 thread when they are older than 20 ms. Credit is one call plus what 50 ms of observed run time are worth; when a call turns out
 to be slow while more was asked for, the session comes back anew (`_retreat`), which gives leases and credit to others.
+
+The broker can spend credit on a call that never arrives, because it could not be read or was taken back. So when nothing has come
+for two heartbeats, the session comes back anew too, and asks again: then after four, after eight, …, while nothing comes.
 """
 
 from __future__ import annotations
@@ -51,13 +54,17 @@ _DEADLINE = Struct("<d")
 PER_FRAME = 256
 FRAME_BYTES = 16 << 20
 MAX_WINDOW = 2048
+MAX_QUIET = 600.0
 WORTH = 0.05
 SLOW = 0.002
 _GONE = {"LEASE_EXPIRED", "LEASE_REVOKED", "LEASE_UNKNOWN", "COMPLETION_CONFLICT", "UNKNOWN_RUN", "UNKNOWN_NODE"}
 
 
 class Slot:
-    """What the supervisor sees of an executor: 0 session, 8 deadline, 16 running, 17 retry a timeout, 20 count, 24 lease heads."""
+    """What the supervisor sees of an executor: 0 session, 8 deadline, 16 running, 17 retry a timeout, 20 count, 24 lease heads.
+
+    The deadline is zero while no call with a timeout runs; no two calls of a process have the same.
+    """
 
     SIZE = 64 << 10
     MAX = (SIZE - 24) // LEASE_HEAD
@@ -78,11 +85,15 @@ class Slot:
         heads = bytes(self.memory[24 : 24 + count * LEASE_HEAD])
         return [(*_HEAD.unpack_from(heads, i), heads[i + 24 : i + 40]) for i in range(0, len(heads), LEASE_HEAD)]
 
-    def clear(self) -> None:
-        """Forget the last user of the memory."""
-        self.memory[0:24] = bytes(24)
+    def leave(self, words: str) -> None:
+        """Last words of a process that cannot start."""
+        said = words.encode(errors="replace")[: self.SIZE - 24]
+        self.memory[20:24] = U32.pack(len(said))
+        self.memory[24 : 24 + len(said)] = said
 
-
+    def words(self) -> str:
+        """What `leave` left."""
+        return bytes(self.memory[24 : 24 + U32.unpack(self.memory[20:24])[0]]).decode(errors="replace")
 
 
 class Handler:
@@ -124,6 +135,7 @@ class Executor:
         self._wake, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._parent: int | None = None
+        self._orphan = False  # the supervisor is gone
         self._lock = threading.Lock()  # one frame at a time
         self._flushing = threading.RLock()  # held by whoever takes outcomes, and while the connection is made anew
         self._poll: select.poll | None = None
@@ -139,6 +151,7 @@ class Executor:
         self._request = itertools.count(1)
         self._defined = 0
         self._owed = 0  # calls the broker may still send
+        self._quiet = self._quiet_at_first = 20.0  # so long nothing may arrive before the credit is doubted
         self._window = 1
         self._per_call = WORTH
         self._flushed = 0.0
@@ -166,7 +179,9 @@ class Executor:
                         self._work()
                     else:
                         self._flush()
-                        self._receive()
+                        if not self._receive(self._quiet):
+                            self._quiet = min(self._quiet * 2, MAX_QUIET)
+                            self._connect()
                 except ConnectionLost:
                     self._connect()
             self._leave()
@@ -221,16 +236,33 @@ class Executor:
                             self._poll.register(fd, select.POLLIN)
                     self._defined = 0
                     self._hello["session"] = greeting["session"]
+                    beats = 2 * greeting.get("heartbeat_ms", 10_000) / 1000
+                    if beats != self._quiet_at_first:
+                        self._quiet = self._quiet_at_first = beats
                     self._slot[0:8] = int(greeting["session"], 16).to_bytes(8, "little")
                     self._resume({(run, node, attempt) for run, node, attempt in greeting["leases"]})
                 return
             except (OSError, ConnectionLost) as error:
                 if once:
                     raise ConnectionLost(str(error)) from error
-                if self._draining and (until is None or time.monotonic() > until):
+                self._pause(pause)
+                if self._draining and (self._orphan or until is None or time.monotonic() > until):
                     raise self._address.unavailable(error) from error
-                time.sleep(pause)
                 pause = min(pause * 1.5, 1.0)
+
+    def _pause(self, seconds: float) -> None:
+        """Sleep, unless the supervisor goes: nobody would end a process that waits for a broker which stays away."""
+        parent = self._parent
+        if parent is None:
+            time.sleep(seconds)
+            return
+        poll = select.poll()
+        poll.register(parent, select.POLLIN)
+        if poll.poll(seconds * 1000):
+            self._orphaned()
+
+    def _orphaned(self) -> None:
+        self._draining, self._orphan, self._parent = True, True, None
 
     def _resume(self, held: set[Key]) -> None:
         queue = [entry for entry in self._queue if _keys(entry) & held]
@@ -362,21 +394,24 @@ class Executor:
 
     # ---- receiving ----
 
-    def _receive(self, timeout: float | None = None) -> None:
-        """Wait for something and handle all that is here."""
+    def _receive(self, timeout: float | None = None) -> bool:
+        """Wait for something and handle all that is here; whether there was something."""
         reader, sock, poll = self._reader, self._sock, self._poll
         if reader is None or sock is None or poll is None:
             raise ConnectionLost
-        if not self._handle(reader):
-            for fd, _ in poll.poll(None if timeout is None else timeout * 1000):
-                if fd == sock.fileno():
-                    reader.fill()
-                    self._handle(reader)
-                elif fd == self._parent:
-                    poll.unregister(fd)
-                    self._draining, self._parent = True, None
-                elif fd == self._wake.fileno():
-                    self._wake.recv(64)
+        if self._handle(reader):
+            return True
+        here = poll.poll(None if timeout is None else timeout * 1000)
+        for fd, _ in here:
+            if fd == sock.fileno():
+                reader.fill()
+                self._handle(reader)
+            elif fd == self._parent:
+                poll.unregister(fd)
+                self._orphaned()
+            elif fd == self._wake.fileno():
+                self._wake.recv(64)
+        return bool(here)
 
     def _handle(self, reader: Reader) -> bool:
         any_ = False
@@ -441,6 +476,7 @@ class Executor:
             last = batch
             calls += 1
         self._owed = max(0, self._owed - calls)
+        self._quiet = self._quiet_at_first
 
     def _on_revoke(self, keys: list[Key]) -> None:
         gone = set(keys)
@@ -481,7 +517,7 @@ class Executor:
             if end in (FAILED, FAILED_RETRY, RELEASED):
                 warn(f"the broker refused the end of node {run:x}/{node}: {error}")
                 continue
-            said = describe(error, "", "", attempt, 0)
+            said = describe(error, "", "", attempt)
             self._items.append(FINISH.pack(run, node, attempt, token, FAILED, JSON, 0, 0, 0, len(said)) + said)
 
     def _ask(self, verb: int, body: bytes, until: float | None = None) -> list[Bytes]:
@@ -681,10 +717,10 @@ class Executor:
         policy = (attempt.retry if attempt is not None else None) or handler.retry
         end = FAILED_RETRY if policy._covers(type(error)) else FAILED
         try:
-            said = describe(error, handler.name, f"{run_text(run, salt)}/{node}", number, 1 if handler.plain else 2)
+            said = describe(error, handler.name, f"{run_text(run, salt)}/{node}", number)
         except BaseException as worse:
             said = describe(DagoramaError(f"the error of {handler.name} cannot be described: {type(worse).__name__}"), handler.name,
-                            f"{run_text(run, salt)}/{node}", number, 0)
+                            f"{run_text(run, salt)}/{node}", number)
         return FINISH.pack(run, node, number, token, end, JSON, 0, 0, 0, len(said)) + said
 
     def _bundle(self, leases: list[Lease]) -> None:

@@ -12,15 +12,34 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from ._errors import DagoramaError
 from ._wire import FINISH
+
+
+def _made(directory: str) -> Path:
+    path = Path(directory)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(f"{path} cannot be written to")
+    except OSError as error:
+        raise DagoramaError(f"DAGORAMA_JOURNAL is {directory!r}: no journal can be kept there ({error.strerror or error})",
+                            code="CANNOT_START") from error
+    return path
+
+
+def make_directory() -> None:
+    """Make the place of the journals, if they were asked for: one error before anything starts, not one in every process."""
+    directory = os.environ.get("DAGORAMA_JOURNAL")
+    if directory:
+        _made(directory)
 
 
 class Journal:
     """Lines of one process, each written whole."""
 
     def __init__(self, directory: str) -> None:
-        path = Path(directory) / f"{os.getpid()}.jsonl"
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._file = os.open(_made(directory) / f"{os.getpid()}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._actions: dict[tuple[int, int, int], str] = {}
 
     @classmethod

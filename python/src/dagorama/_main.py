@@ -12,6 +12,23 @@ from ._errors import DagoramaError
 from ._worker import Worker
 
 
+EXIT_CODES = {"UNAUTHENTICATED": 5, "BROKER_UNAVAILABLE": 4}  # docs/ERRORS.md; all else: it could not start
+
+
+def module_name(given: str) -> str:
+    """The module that was meant: ``pkg.my_module``, or ``./pkg/my_module.py``, as shells complete it."""
+    name = given
+    if given.endswith(".py") or "/" in given:
+        path = os.path.normpath(given.removesuffix(".py"))
+        if os.path.isabs(path):
+            path = os.path.relpath(path)
+        name = path.removesuffix("/__init__").replace("/", ".")
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{given!r} is not a module: write it as in `import my_module`, and run this in the directory "
+                         "that has my_module.py")
+    return name
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of the package; the exit code."""
     parser = argparse.ArgumentParser(prog="dagorama", description="Run nodes of durable task graphs.")
@@ -29,16 +46,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = parser.parse_args(argv)
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    modules = [name.removesuffix(".py").replace("/", ".") if name.endswith(".py") else name for name in said.modules]
     try:
-        Worker(*modules, queues=said.queue or ("default",), tolerate=said.tolerate, concurrency=said.concurrency,
-               isolation=said.isolation, url=said.url).run(until_idle=said.until_idle)
-    except ModuleNotFoundError as error:
-        warn(f"{error}: run this where the module can be imported")
-        return 2
+        modules = [module_name(given) for given in said.modules]
+        served = Worker(*modules, queues=said.queue or ("default",), tolerate=said.tolerate, concurrency=said.concurrency,
+                        isolation=said.isolation, url=said.url)
+        served._talks = True
+        served.run(until_idle=said.until_idle)
+        if served._signals > 1:
+            return 128 + served._signal
     except (DagoramaError, ValueError) as error:
         warn(str(error))
-        return 2
+        return EXIT_CODES.get(getattr(error, "code", ""), 2)
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -20,15 +20,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from typing import IO, Any, Literal
 
 from . import _names
 from ._action import REGISTRY
 from ._connection import Address, Channel, greet, warn
 from ._errors import BrokerUnavailable, ConnectionLost, DagoramaError
-from ._exceptions import describe
+from ._exceptions import describe, users_part
 from ._executor import _DEADLINE, Executor, Slot
+from ._journal import make_directory
 from ._wire import (
     FINISH, FINISH_VERB, GOODBYE, HEARTBEAT, JSON, RELEASED, STATUS, TIMED_OUT, TIMED_OUT_RETRY, U32, U64, frame,
     run_text,
@@ -40,10 +42,26 @@ _TICK = 0.05
 
 
 def import_modules(modules: Sequence[str]) -> None:
-    """Make the actions of these modules known. A module that runs as ``__main__`` is known already."""
+    """Make the actions of these modules known, or say what is wrong. A module that runs as ``__main__`` is known already."""
     for module in modules:
-        if module != _names.MAIN:
+        if module == _names.MAIN:
+            continue
+        try:
             importlib.import_module(module)
+        except BaseException as error:
+            raise _cannot_import(module, error) from error
+    if len(REGISTRY) < 2:
+        where = ", ".join(f"{name} ({getattr(sys.modules.get(name), '__file__', None) or 'built in'})" for name in modules)
+        raise DagoramaError(f"no action is defined in {where or 'no module'}: name the modules that have functions with @action",
+                            code="CANNOT_START")
+
+
+def _cannot_import(module: str, error: BaseException) -> DagoramaError:
+    if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+        return DagoramaError(f"there is no module {module}: run this in the directory that has it (this is {os.getcwd()}), "
+                             "or set PYTHONPATH", code="CANNOT_START")
+    text = "".join(traceback.format_exception(type(error), error, users_part(error)))
+    return DagoramaError(f"module {module} cannot be imported:\n{text.rstrip()}", code="CANNOT_START")
 
 
 class _Child:
@@ -53,6 +71,7 @@ class _Child:
         self.worker = worker
         self.started = time.monotonic()
         self.timed_out = False
+        self.ended = False  # of a thread
         self.process: subprocess.Popen[bytes] | None = None
         self.thread: threading.Thread | None = None
         self.executor: Executor | None = None
@@ -67,6 +86,14 @@ class _Child:
                 self.thread.start()
 
     def _start_process(self) -> None:
+        # Ctrl-C in the moment before it ignores that signal must not be the end of it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._spawn()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _spawn(self) -> None:
         worker = self.worker
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self.file.truncate(Slot.SIZE)
@@ -92,13 +119,14 @@ class _Child:
         except DagoramaError as error:
             if not self.worker._stopped():
                 warn(str(error))
+        finally:
+            self.ended = True
 
     def code(self) -> int | None:
         """``None`` while it lives; 0 when it left in order."""
         if self.process is not None:
             return self.process.poll()
-        assert self.thread is not None
-        return None if self.thread.is_alive() or self.thread.ident is None else 0
+        return 0 if self.ended else None
 
     def frozen(self) -> bool:
         """Stopped by a signal: then its leases should lapse, as they do when a machine freezes."""
@@ -117,6 +145,21 @@ class _Child:
                 self.process.send_signal(signal.SIGTERM)
         elif self.executor is not None:
             self.executor.stop()
+
+    def halt(self, still: Callable[[], bool]) -> bool:
+        """Stop the process where it is, provided that this still holds when it has stopped; a thread cannot be stopped."""
+        if self.process is None:
+            return still()
+        with contextlib.suppress(OSError):
+            self.process.send_signal(signal.SIGSTOP)
+            until = time.monotonic() + 0.2
+            while not self.frozen() and self.process.poll() is None and time.monotonic() < until:
+                time.sleep(0.0005)
+        if still():
+            return True
+        with contextlib.suppress(OSError):
+            self.process.send_signal(signal.SIGCONT)
+        return False
 
     def kill(self) -> None:
         """End it at once; threads cannot be."""
@@ -160,6 +203,8 @@ class Worker:
         self._done = threading.Event()
         self._done.set()
         self._signals = 0  # a handler must not touch an Event: the thread it interrupts may hold its lock
+        self._signal = 0  # which it was
+        self._talks = False  # to people at a terminal
         self._grace = 30.0
         self._channel: Channel | None = None
         self._children: list[_Child] = []
@@ -175,11 +220,13 @@ class Worker:
             for number in (signal.SIGTERM, signal.SIGINT):
                 handlers[number] = signal.signal(number, self._on_signal)
         try:
+            make_directory()
             if self._isolation != "process":
                 import_modules(self._modules)
             self._channel = Channel(self._address, None, 10.0, {
                 "kind": "worker", "session": None, "queues": [], "tolerate": [], "actions": []})
             if self._wait_for_broker():
+                self._say_hello()
                 self._children = [_Child(self) for _ in range(self._concurrency)]
                 if self._isolation == "none":
                     supervisor = threading.Thread(target=self._supervise, args=(until_idle,), daemon=True)
@@ -210,8 +257,21 @@ class Worker:
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signals += 1
+        self._signal = number
         if self._signals > 1:
             self._grace = 0.0  # the second time: now
+            if self._isolation == "none":
+                os._exit(128 + number)  # the call that runs is on this very thread
+
+    def _say_hello(self) -> None:
+        if not self._talks:
+            return
+        one = self._concurrency == 1
+        where = {"process": "process" if one else "processes", "thread": "thread" if one else "threads", "none": "call at a time"}
+        parts = [f"modules {', '.join(self._modules)}", f"queue{'s' * (len(self._queues) > 1)} {', '.join(self._queues)}",
+                 *([f"tolerates {', '.join(self._tolerate)}"] if self._tolerate else []),
+                 f"{self._concurrency} {where[self._isolation]}", f"broker {self._address.url}"]
+        print(f"dagorama worker: {', '.join(parts)}", file=sys.stderr, flush=True)
 
     def _stopped(self, seconds: float = 0.0) -> bool:
         """Whether to stop; waits so long for it."""
@@ -264,15 +324,16 @@ class Worker:
     def _look_after(self, child: _Child, now: float) -> None:
         code = child.code()
         if code is None:
-            (deadline,) = _DEADLINE.unpack(child.slot.memory[8:16])
-            if deadline and now > deadline and child.slot.memory[16]:
-                self._time_out(child)
+            mark = bytes(child.slot.memory[8:16])
+            if any(mark) and now > _DEADLINE.unpack(mark)[0] and child.slot.memory[16]:
+                self._time_out(child, mark)
             return
         self._children.remove(child)
-        if code == CANNOT_START and child.process is not None:
+        if code == CANNOT_START and not child.slot.session:  # afterwards, that code is the user's
+            words = child.slot.words() or f"a worker process ended with exit code {code} while it imported its modules"
             child.close()
             self._stopping.set()
-            raise DagoramaError("the worker cannot start: its modules cannot be imported (see above)", code="CANNOT_START")
+            raise DagoramaError(words, code="CANNOT_START")
         if code != 0:
             if not child.timed_out:
                 warn(f"a worker process died ({_how(code)}); what it ran will be tried again, a new one starts")
@@ -283,19 +344,25 @@ class Worker:
                 self._stopped(0.5)  # not as fast as it dies
             self._children.append(_Child(self))
 
-    def _time_out(self, child: _Child) -> None:
-        """End a call that took too long. Its outcome is reported here: the process cannot."""
+    def _time_out(self, child: _Child, mark: bytes) -> None:
+        """End the call with this deadline. Its outcome is reported here: the process cannot.
+
+        The deadline tells one call from every other one of its process: it is set when a timed call begins and cleared when the
+        call ends. The process is halted first, so that the call cannot end, nor another one begin, between the last look and the
+        end. Where /proc does not show that it has halted, a moment remains in which an outcome that is just being made is lost
+        with the process: then the call counts as one that took too long, which it has.
+        """
         assert self._channel is not None
+        if not child.halt(lambda: child.slot.memory[8:16] == mark):
+            return  # it ended in the last moment
         running, retry = child.slot.running(), bool(child.slot.memory[17])
         child.kill()
-        if child.process is not None and child.slot.running() != running:
-            return  # it ended in the last moment, and the process has begun something else: treated as a death
         child.timed_out = True
         child.slot.memory[8:16] = bytes(8)
         parts = []
         for run, salt, node, attempt, token in running:
             error = TimeoutError("the attempt took longer than the timeout of its action")
-            said = describe(error, "", f"{run_text(run, salt)}/{node}", attempt, 0)
+            said = describe(error, "", f"{run_text(run, salt)}/{node}", attempt)
             end = TIMED_OUT_RETRY if retry else TIMED_OUT
             parts.append(FINISH.pack(run, node, attempt, token, end, JSON, 0, 0, 0, len(said)) + said)
         with contextlib.suppress(DagoramaError, TimeoutError):
@@ -343,17 +410,23 @@ class Worker:
             child.stop()
         began = time.monotonic()
         beat = began + 1.0
+        talks = self._talks and self._signals > 0
         while any(child.code() is None for child in self._children):
             now = time.monotonic()
             if now - began > self._grace:
                 break
+            if talks and now - began > 0.2:  # what ends at once is not worth a line
+                talks = False
+                if running := sum(len(child.slot.running()) for child in self._children if child.code() is None):
+                    warn(f"waiting for {running} running call{'s' * (running > 1)}; again to stop at once")
             if now >= beat:
                 beat = now + 1.0
                 self._heartbeat()
             time.sleep(0.01)
         for child in self._children:
             if child.code() is None and child.process is not None:
-                warn("a call did not end in time: its process is killed")
+                if child.slot.running():
+                    warn("a call did not end in time: its process is killed")
                 child.kill()
                 self._take_over(child)
 
@@ -381,24 +454,23 @@ def child_main() -> None:
     os.close(null)
     sys.path[:] = said["path"]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the supervisor, which drains
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     slot = Slot(mmap.mmap(said["slot"], Slot.SIZE))
     executor: list[Executor] = []
     signal.signal(signal.SIGTERM, lambda *_: executor[0].stop() if executor else os._exit(0))
     try:
         import_modules(said["modules"])
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
+    except DagoramaError as error:  # told once, by the supervisor
+        slot.leave(str(error))
         os._exit(CANNOT_START)
-    if len(REGISTRY) < 2:
-        where = ", ".join(f"{name} ({getattr(sys.modules.get(name), '__file__', None) or 'built in'})" for name in said["modules"])
-        warn(f"no action is defined in {where or 'no module'}: name the modules that have the actions")
     executor.append(Executor(Address(None), said["token"], said["queues"], said["tolerate"], slot))
     try:
         executor[0].run(parent)
     except BrokerUnavailable:
         os._exit(0)
+    except DagoramaError as error:
+        warn(str(error))
+        os._exit(1)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # threads that user code left behind must not keep it
