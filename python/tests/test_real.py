@@ -238,6 +238,34 @@ def test_broker_killed_and_restarted(real: Real) -> None:
     assert flows.add.submit(1, 2).result(30) == 3
 
 
+def test_broker_stopped_in_order_and_restarted(real: Real) -> None:
+    site = real()
+    site.worker("--concurrency", "2")
+    run = flows.leaves.submit(200, 0.01)
+    sums: list[int] = []
+    ended = threading.Event()
+
+    def go_on() -> None:
+        while not ended.is_set():
+            sums.append(flows.add.submit(len(sums), 1).result(30) - len(sums))
+
+    client = threading.Thread(target=go_on)
+    client.start()
+    try:
+        for part in (50, 100, 150):
+            site.wait_for(lambda part=part: len(site.lines("leaf")) >= part)  # type: ignore[misc]
+            site.broker.process.terminate()
+            site.broker.process.wait(20)
+            assert site.broker.process.stdout is not None
+            site.broker.process.stdout.close()
+            site.broker.start()
+        once(site, run, 200)
+    finally:
+        ended.set()
+        client.join(30)
+    assert len(sums) > 5 and set(sums) == {1}, sums
+
+
 def test_worker_killed(real: Real) -> None:
     site = real("--lease", "2s")
     worker = site.worker("--concurrency", "2")
