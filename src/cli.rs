@@ -31,15 +31,16 @@ pub struct Connection {
     /// Where the broker is: `dagorama://HOST:PORT` or `dagorama+unix:///PATH`.
     #[arg(
         long,
+        global = true,
         env = "DAGORAMA_URL",
         default_value = "dagorama://127.0.0.1:7373"
     )]
     pub url: String,
     /// Its token; by default the one that `serve` left for this user.
-    #[arg(long, env = "DAGORAMA_TOKEN", hide_env_values = true)]
+    #[arg(long, global = true, env = "DAGORAMA_TOKEN", hide_env_values = true)]
     pub token: Option<String>,
     /// Print JSON instead of text for people.
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub json: bool,
 }
 
@@ -110,6 +111,8 @@ pub enum Command {
         reason: String,
     },
     /// Resume an ended run from its failed, skipped and cancelled nodes, with the newest code.
+    ///
+    /// The code is what the workers have loaded: restart them first when it has changed.
     Retry {
         /// How to reach the broker.
         #[command(flatten)]
@@ -145,6 +148,9 @@ pub enum Command {
     },
     /// Look at the configuration.
     Config {
+        /// Print JSON.
+        #[arg(long, global = true)]
+        json: bool,
         /// What to do with it.
         #[command(subcommand)]
         what: ConfigCommand,
@@ -174,12 +180,40 @@ pub enum Command {
         #[command(subcommand)]
         what: BridgeCommand,
     },
+    /// Totals of the broker: what is open, what waits for a worker, how far the store is.
+    Status {
+        /// How to reach the broker.
+        #[command(flatten)]
+        connection: Connection,
+    },
     /// Print the version, and what it was built with.
     Version {
         /// Print JSON.
         #[arg(long)]
         json: bool,
     },
+}
+
+impl Command {
+    /// Whether the output is for programs, so that a "no" is too.
+    pub fn wants_json(&self) -> bool {
+        match self {
+            Self::Submit(Submit { connection, .. })
+            | Self::Runs { connection, .. }
+            | Self::Show { connection, .. }
+            | Self::Result { connection, .. }
+            | Self::Cancel { connection, .. }
+            | Self::Retry { connection, .. }
+            | Self::Explain { connection, .. }
+            | Self::Dlq { connection, .. }
+            | Self::Bridge { connection, .. }
+            | Self::Status { connection } => connection.json,
+            Self::Verify { json, .. } | Self::Config { json, .. } | Self::Version { json } => *json,
+            Self::Bench(options) => options.json,
+            Self::Demo(options) => options.json,
+            Self::Serve(_) | Self::Worker(_) => false,
+        }
+    }
 }
 
 /// Options of `serve`. They win over the environment, which wins over the file.
@@ -275,10 +309,13 @@ pub enum ConfigCommand {
         /// The file.
         file: PathBuf,
     },
-    /// Print every setting with its value, defaults included.
+    /// Print every setting with its value, defaults and environment included.
     Show {
         /// The file.
         file: Option<PathBuf>,
+        /// The same, as `serve` has it.
+        #[arg(long, value_name = "FILE", env = "DAGORAMA_CONFIG")]
+        config: Option<PathBuf>,
     },
 }
 

@@ -95,6 +95,7 @@ pub const TABLE: &[ErrorRow] = &[
     row("CONFIG_INVALID",       0,   "",                    false, exit::NO_START, PLAIN),
     row("PORT_IN_USE",          0,   "",                    false, exit::NO_START, PLAIN),
     row("INSECURE_LISTEN",      0,   "",                    false, exit::NO_START, PLAIN),
+    row("IO_ERROR",             0,   "",                    false, exit::NO_START, PLAIN),
     row("CONNECTIONS",          503, "UNAVAILABLE",         true,  exit::LATER, "BrokerUnavailable"),
     row("BROKER_UNAVAILABLE",   0,   "",                    true,  exit::UNAVAILABLE, "BrokerUnavailable"),
     row("RUN_FAILED",           0,   "",                    false, exit::NO, "ActionFailed"),

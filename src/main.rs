@@ -13,35 +13,43 @@ fn main() -> ExitCode {
         Err(error) => {
             // Help and version are no errors; everything else is wrong usage.
             drop(error.print());
-            return ExitCode::from(if error.use_stderr() {
-                dagorama::error::exit::USAGE
-            } else {
-                0
-            });
+            if !error.use_stderr() {
+                return ExitCode::SUCCESS;
+            }
+            if std::env::args_os().any(|argument| argument == "--json") {
+                commands::say(
+                    serde_json::json!({"code": "INVALID_REQUEST", "message": error.to_string().trim_end()}),
+                );
+            }
+            return ExitCode::from(dagorama::error::exit::USAGE);
         }
     };
+    let as_json = cli.command.wants_json();
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
     {
         Ok(runtime) => runtime,
         Err(error) => {
-            return Failed::new("IO_ERROR", format!("cannot start threads: {error}")).report();
+            return Failed::new("IO_ERROR", format!("cannot start threads: {error}"))
+                .report(as_json);
         }
     };
     let outcome = runtime.block_on(run(cli));
     // Reads of standard input cannot be cancelled; nothing else is left by now.
     runtime.shutdown_background();
-    outcome.unwrap_or_else(|failed| failed.report())
+    match outcome {
+        Ok(_) if commands::lost_output() => {
+            Failed::new("IO_ERROR", "cannot write to standard output").report(false)
+        }
+        Ok(code) => code,
+        Err(failed) => failed.report(as_json),
+    }
 }
 
 async fn run(cli: Cli) -> Outcomes {
     telemetry::tell_panics_of_sled();
-    telemetry::start(if matches!(cli.command, Command::Serve(_)) {
-        "info"
-    } else {
-        "warn"
-    });
+    telemetry::start("warn");
     match cli.command {
         Command::Serve(options) => serve(&options).await,
         Command::Worker(options) => Err(commands::worker(&options)),
@@ -75,11 +83,12 @@ async fn run(cli: Cli) -> Outcomes {
             limit,
         } => commands::explain(&connection, &run, node, limit).await,
         Command::Verify { store, json, deep } => Ok(dagorama::verify::run(&store, json, deep)),
-        Command::Config { what } => commands::config(&what),
+        Command::Config { json, what } => commands::config(&what, json),
         Command::Bench(options) => Ok(bench::run(options).await),
         Command::Demo(options) => Ok(demo::run(options).await),
         Command::Dlq { connection, what } => commands::dlq(&connection, &what).await,
         Command::Bridge { connection, what } => commands::bridge(&connection, &what).await,
+        Command::Status { connection } => commands::status(&connection).await,
         Command::Version { json } => Ok(commands::version(json)),
     }
 }

@@ -4,17 +4,18 @@ use std::io;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info, warn};
 
-use crate::bridges::{self, Bridges};
+use crate::bridges::Bridges;
 use crate::broker::command::Rejection;
-use crate::broker::settings::Settings;
 use crate::cli;
+use crate::commands::{remark, say};
 use crate::config::{self, Config, ConfigError, Listen, Override};
 use crate::edge::native::{self, Address, NativeOptions};
 use crate::engine::clock::Stopwatch;
-use crate::engine::{self, EngineOptions, Handle, StartError};
-use crate::storage::durable::{Durable, DurableOptions, Gauges};
+use crate::engine::{self, Handle, StartError};
+use crate::storage::durable::{Durable, Gauges};
 use crate::storage::{StorageError, sync_shim};
 
 /// Why a broker did not start, or ended.
@@ -96,26 +97,6 @@ pub fn configure(options: &cli::Serve) -> Result<Config, ConfigError> {
     Config::load(options.config.as_deref(), std::env::vars(), &changes)
 }
 
-fn settings(config: &Config) -> Settings {
-    let limits = &config.limits;
-    Settings {
-        lease_ms: config.leases.lease.as_ms(),
-        detach_grace_ms: config.leases.detach_grace.as_ms(),
-        dedup_window_ms: config.retention.dedup_window.as_ms(),
-        max_keys: limits.max_keys,
-        max_nodes_per_run: limits.max_nodes_per_run,
-        max_edges_per_run: limits.max_edges_per_run,
-        max_inputs: limits.max_inputs,
-        max_children: limits.max_children,
-        max_depth: limits.max_depth,
-        max_open_nodes: limits.max_open_nodes,
-        max_leases: limits.max_leases,
-        max_outbox: limits.max_outbox,
-        outputs: bridges::output_rules(config),
-        ..Settings::default()
-    }
-}
-
 /// A broker that is serving.
 pub struct Serving {
     /// Where it listens.
@@ -124,13 +105,31 @@ pub struct Serving {
     thread: engine::EngineThread,
     native: native::NativeServer,
     bridges: Arc<Bridges>,
+    signals: Signals,
+}
+
+/// The signals that ask for the end.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self, ServeError> {
+        let listen = |kind| {
+            signal(kind).map_err(|source| ServeError::Io {
+                what: "cannot listen for signals".to_owned(),
+                source,
+            })
+        };
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+        })
+    }
 }
 
 /// Starts everything. With `ready_stdout`, says so in one JSON line.
-#[expect(
-    clippy::print_stdout,
-    reason = "the ready line is what --ready-stdout asks for"
-)]
 pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeError> {
     let watch = Stopwatch::start();
     if !config.server.listen.is_local() {
@@ -138,21 +137,8 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
     }
     let (token, token_place) = token(&config)?;
     let data_dir = config.server.data_dir.clone();
-    let options = EngineOptions {
-        settings: settings(&config),
-        retention_ms: config.retention.keep.as_ms(),
-        max_requests: config.limits.max_inflight_requests,
-        max_bytes: usize::try_from(config.limits.max_inflight_bytes.0).unwrap_or(usize::MAX),
-        ..EngineOptions::default()
-    };
-    let durable = DurableOptions {
-        segment_bytes: config.storage.segment.0,
-        window_ms: config.storage.window.as_ms(),
-        window_bytes: usize::try_from(config.storage.window_size.0).unwrap_or(usize::MAX),
-        min_free_bytes: config.storage.min_free.0,
-        min_free_permille: u64::from(config.storage.min_free_percent) * 10,
-        ..DurableOptions::default()
-    };
+    let options = config.engine_options();
+    let durable = config.durable_options(engine::clock::wall_now);
     let opened = tokio::task::spawn_blocking(move || -> Result<_, ServeError> {
         let store = Durable::open(&data_dir, durable)?;
         let gauges = store.gauges();
@@ -163,6 +149,8 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
         what: "opening the store".to_owned(),
         source: io::Error::other(source),
     })??;
+    // From here on a signal ends in order: whoever reads the ready line may send one at once.
+    let signals = Signals::listen()?;
     let bridges = Arc::new(Bridges::start(&handle, &config));
     let address = match &config.server.listen {
         Listen::Tcp(address) => Address::Tcp(*address),
@@ -218,17 +206,16 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
         "serving"
     );
     if ready_stdout {
-        println!(
-            "{}",
-            json!({"native": url, "pid": std::process::id(), "from_sled": loaded.from_sled, "from_log": loaded.from_log, "seconds": seconds})
+        say(
+            json!({"native": url, "pid": std::process::id(), "from_sled": loaded.from_sled, "from_log": loaded.from_log, "seconds": seconds}),
         );
     } else {
-        eprintln!(
+        remark(format_args!(
             "dagorama {} serves {url} from {} ({} open nodes, ready in {seconds:.3} s)",
             env!("CARGO_PKG_VERSION"),
             config.server.data_dir.display(),
             loaded.from_sled + loaded.from_log
-        );
+        ));
     }
     Ok(Serving {
         url,
@@ -236,17 +223,16 @@ pub async fn start(config: Config, ready_stdout: bool) -> Result<Serving, ServeE
         thread,
         native,
         bridges,
+        signals,
     })
 }
 
 impl Serving {
     /// Serves until a signal asks for the end or the engine stops by itself.
-    pub async fn until_stopped(self) -> Result<(), ServeError> {
-        let mut terminate = signal(tokio::signal::unix::SignalKind::terminate())?;
-        let mut interrupt = signal(tokio::signal::unix::SignalKind::interrupt())?;
+    pub async fn until_stopped(mut self) -> Result<(), ServeError> {
         tokio::select! {
-            _ = terminate.recv() => info!("asked to end (SIGTERM)"),
-            _ = interrupt.recv() => info!("asked to end (SIGINT)"),
+            _ = self.signals.terminate.recv() => info!("asked to end (SIGTERM)"),
+            _ = self.signals.interrupt.recv() => info!("asked to end (SIGINT)"),
             stopped = self.handle.stopped() => error!(reason = %stopped.reason, "the engine has stopped"),
         }
         self.stop().await
@@ -265,15 +251,6 @@ impl Serving {
             }),
         }
     }
-}
-
-fn signal(
-    kind: tokio::signal::unix::SignalKind,
-) -> Result<tokio::signal::unix::Signal, ServeError> {
-    tokio::signal::unix::signal(kind).map_err(|source| ServeError::Io {
-        what: "cannot listen for signals".to_owned(),
-        source,
-    })
 }
 
 /// Whether clients have a file to read the token from.

@@ -13,6 +13,8 @@ pub fn start(default: &str) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(colour)
+        // What cannot be written has no reader; saying so in the same place would panic.
+        .log_internal_errors(false)
         .try_init();
     // A second start in one process (tests) keeps the first.
     drop(started);

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
-use crate::commands::say;
+use crate::commands::{remark, say};
 use crate::storage::StorageError;
 use crate::storage::verify::{VerifyOptions, VerifyReport, verify};
 
@@ -24,6 +24,21 @@ pub fn run(store: &Path, as_json: bool, deep: bool) -> ExitCode {
             "INVALID_REQUEST",
             &format!(
                 "{} is no directory: name the data directory of a broker",
+                store.display()
+            ),
+        );
+    }
+    // Without any of these it was never a store; a store that lost some is damaged, and the check says what it lacks.
+    if !["FORMAT", "state", "log", "payloads"]
+        .iter()
+        .any(|part| store.join(part).exists())
+    {
+        return tell(
+            as_json,
+            USAGE,
+            "INVALID_REQUEST",
+            &format!(
+                "{} is not a store: name the data directory of a broker",
                 store.display()
             ),
         );
@@ -52,12 +67,17 @@ pub fn run(store: &Path, as_json: bool, deep: bool) -> ExitCode {
         Err(error @ StorageError::Locked { .. }) => {
             tell(as_json, USAGE, "STORE_LOCKED", &error.to_string())
         }
-        Err(error) => tell(
-            as_json,
-            UNREADABLE,
-            crate::error::code_of_storage(&error),
-            &error.to_string(),
-        ),
+        Err(error) => {
+            let message = match &error {
+                // Its own text advises to run this command.
+                StorageError::Corrupt { record, detail } => {
+                    format!("{record} is damaged: {detail}; restore a backup")
+                }
+                other => other.to_string(),
+            };
+            let code = crate::error::code_of_storage(&error);
+            tell(as_json, UNREADABLE, code, &message)
+        }
     }
 }
 
@@ -65,7 +85,7 @@ fn tell(as_json: bool, exit: u8, code: &str, message: &str) -> ExitCode {
     if as_json {
         say(json!({"sound": false, "code": code, "message": message}));
     }
-    eprintln!("dagorama: {code}: {message}");
+    remark(format_args!("dagorama: {code}: {message}"));
     ExitCode::from(exit)
 }
 

@@ -21,7 +21,7 @@ use crate::broker::command::{
     Answer, Code, Command, DeadLetter, Delay, Identity, NewNode, Origin, Query, Rejection, Reply,
     Submission,
 };
-use crate::broker::types::{Body, Codec, Payload, Retry, RunId, RunState, Spec};
+use crate::broker::types::{Body, Codec, Payload, RunId, RunState, Spec};
 use crate::config::{OnError, Route};
 use crate::engine::{Handle, Stopped};
 
@@ -74,16 +74,8 @@ impl From<BridgeError> for Halt {
 /// A spec of which only the action counts: everything else is what a worker announced for it.
 pub(super) fn by_name(action: &str) -> Arc<Spec> {
     Arc::new(Spec {
-        action: action.into(),
-        queue: "default".into(),
-        taint: None,
-        priority: 0,
-        retry: Retry::default(),
-        timeout_ms: None,
-        fingerprint: None,
-        pin_code: false,
-        batch: None,
         by_name: true,
+        ..Spec::of(action)
     })
 }
 

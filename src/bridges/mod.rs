@@ -24,7 +24,6 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::broker::OutputRule;
 use crate::broker::command::Rejection;
 use crate::config::{Config, Connection, Output, Route};
 use crate::engine::Handle;
@@ -52,18 +51,6 @@ pub struct Bridges {
     outbound: Vec<(Arc<Status>, Value)>,
     stop: watch::Sender<bool>,
     tasks: std::sync::Mutex<Vec<JoinHandle<()>>>,
-}
-
-/// The rules by which the broker decides what is owed to which output.
-#[must_use]
-pub fn output_rules(config: &Config) -> Vec<OutputRule> {
-    let rule = |output: &Output| OutputRule {
-        name: output.name.as_str().into(),
-        action: output.matches.action.clone(),
-        succeeded: output.matches.state.succeeded(),
-        failed: output.matches.state.failed(),
-    };
-    config.output.iter().map(rule).collect()
 }
 
 impl Bridges {

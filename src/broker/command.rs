@@ -176,7 +176,7 @@ pub struct NewInput {
 pub enum NodeRef {
     /// Position in the list that is being created.
     New(u32),
-    /// Number in the run: an already created child of the same attempt, or a terminal node.
+    /// Number in the run: an already created child of the same attempt's node, or a node that has succeeded.
     Existing(NodeIndex),
 }
 

@@ -41,18 +41,7 @@ pub(super) fn payload(text: &str) -> Payload {
 
 /// A spec with every default.
 pub(super) fn spec(action: &str) -> Spec {
-    Spec {
-        action: action.into(),
-        queue: "default".into(),
-        taint: None,
-        priority: 0,
-        retry: Retry::default(),
-        timeout_ms: None,
-        fingerprint: None,
-        pin_code: false,
-        batch: None,
-        by_name: false,
-    }
+    Spec::of(action)
 }
 
 /// One spec of each kind.

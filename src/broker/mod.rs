@@ -29,8 +29,6 @@ mod fixtures;
 mod inbox;
 mod keys;
 mod lease;
-#[cfg(test)]
-mod measure;
 mod node;
 mod outbox;
 pub mod outcome;

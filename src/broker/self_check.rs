@@ -85,6 +85,11 @@ struct Play {
 
 const SECRET: [u8; 16] = [7; 16];
 
+/// A key as it is hashed: its bits are spread.
+fn key_hash(number: u64) -> KeyHash {
+    KeyHash(u128::from(number + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835))
+}
+
 impl Play {
     fn new(seed: u64, witness: Option<Box<dyn Witness>>) -> Self {
         let settings = Settings {
@@ -317,7 +322,7 @@ impl Play {
         let n = 1 + self.chance.below(6);
         let nodes = self.new_nodes(n, &[]);
         let key = (self.chance.below(3) == 0).then(|| SubmissionKey {
-            hash: KeyHash(self.chance.below(6).into()),
+            hash: key_hash(self.chance.below(6)),
             content: 1 + self.chance.below(2),
         });
         let route: Arc<str> = "in".into();
@@ -330,9 +335,7 @@ impl Play {
                     next: position + 1,
                 })
             }
-            1 => Some(Identity::Key(KeyHash(
-                100 + u128::from(self.chance.below(5)),
-            ))),
+            1 => Some(Identity::Key(key_hash(100 + self.chance.below(5)))),
             2 => Some(Identity::DeadLetter {
                 seq: self.chance.below(4),
             }),
@@ -618,7 +621,7 @@ impl Play {
                 self.apply(Command::Expire(vec![run]));
             }
             33 => {
-                let key = KeyHash(100 + u128::from(self.chance.below(5)));
+                let key = key_hash(100 + self.chance.below(5));
                 let identity =
                     [Identity::None, Identity::Key(key)][self.chance.below(2) as usize].clone();
                 let body = self.payload("?");
@@ -646,6 +649,9 @@ impl Play {
             }
             _ => {
                 self.now += self.chance.below(120);
+                if self.chance.below(12) == 0 {
+                    self.now += self.settings.dedup_window_ms; // nobody was there
+                }
                 self.apply(Command::Tick);
             }
         }

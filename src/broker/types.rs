@@ -228,6 +228,24 @@ pub struct Spec {
     pub by_name: bool,
 }
 
+impl Spec {
+    /// The action with every default: queue "default", one attempt, no taint, no timeout.
+    pub fn of(action: impl Into<Arc<str>>) -> Self {
+        Self {
+            action: action.into(),
+            queue: "default".into(),
+            taint: None,
+            priority: 0,
+            retry: Retry::default(),
+            timeout_ms: None,
+            fingerprint: None,
+            pin_code: false,
+            batch: None,
+            by_name: false,
+        }
+    }
+}
+
 /// What happens after failures and losses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Retry {

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::ClientError;
-use crate::broker::types::{Codec, InputUse, NodeState, Retry, RunId, Spec};
+use crate::broker::types::{Codec, InputUse, NodeState, RunId, Spec};
 use crate::edge::native::codec::{self, Delay, Range};
 
 /// Bytes, and how to read them.
@@ -54,18 +54,7 @@ impl Data {
 /// The spec of an action with all defaults, on queue `default`.
 #[must_use]
 pub fn spec(action: &str) -> Arc<Spec> {
-    Arc::new(Spec {
-        action: action.into(),
-        queue: "default".into(),
-        taint: None,
-        priority: 0,
-        retry: Retry::default(),
-        timeout_ms: None,
-        fingerprint: None,
-        pin_code: false,
-        batch: None,
-        by_name: false,
-    })
+    Arc::new(Spec::of(action))
 }
 
 /// A node whose value is to come.

@@ -1,12 +1,21 @@
 //! The configuration as the modules want it: the only place that knows both.
 
-use crate::bridges::output_rules;
-use crate::broker::Settings;
 use crate::broker::types::WallTime;
+use crate::broker::{OutputRule, Settings};
 use crate::engine::EngineOptions;
 use crate::storage::durable::DurableOptions;
 
-use super::Config;
+use super::{Config, Output};
+
+/// What the broker must know of an output: it decides what is owed to which.
+fn rule(output: &Output) -> OutputRule {
+    OutputRule {
+        name: output.name.as_str().into(),
+        action: output.matches.action.clone(),
+        succeeded: output.matches.state.succeeded(),
+        failed: output.matches.state.failed(),
+    }
+}
 
 impl Config {
     /// What the broker decides with.
@@ -26,7 +35,7 @@ impl Config {
             max_open_nodes: limits.max_open_nodes,
             max_leases: limits.max_leases,
             max_outbox: limits.max_outbox,
-            outputs: output_rules(self),
+            outputs: self.output.iter().map(rule).collect(),
             ..Settings::default()
         }
     }

@@ -1,8 +1,11 @@
 //! Connections, routes and outputs: what comes in from where, starts what, and what goes out to where.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use super::expression::Expression;
@@ -87,16 +90,37 @@ pub enum RouteCodec {
 }
 
 /// `arguments = { name = "path" }` or `arguments = ["path", …]`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "a table of names and paths, or a list of paths such as [\"body.url\"]"
-)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
 pub enum ArgumentPaths {
     /// By name.
     Named(BTreeMap<String, Expression>),
     /// By position.
     Positional(Vec<Expression>),
+}
+
+/// By hand, so that a path that is none is complained about, not the table around it.
+impl<'de> Deserialize<'de> for ArgumentPaths {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Paths;
+        impl<'de> Visitor<'de> for Paths {
+            type Value = ArgumentPaths;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a table of names and paths, or a list of paths such as [\"body.url\"]")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<ArgumentPaths, A::Error> {
+                Deserialize::deserialize(MapAccessDeserializer::new(map)).map(ArgumentPaths::Named)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<ArgumentPaths, A::Error> {
+                Deserialize::deserialize(SeqAccessDeserializer::new(seq))
+                    .map(ArgumentPaths::Positional)
+            }
+        }
+        d.deserialize_any(Paths)
+    }
 }
 
 /// How a repeated message is recognised.

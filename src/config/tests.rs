@@ -59,7 +59,7 @@ fn every_refusal_names_place_key_value_and_way_out() {
         // Ranges.
         ("# x\n[leases]\nlease = \"500ms\"\n".into(), "b.toml:3", &["lease is 500ms", "from 1s to 1h", "[leases]"]),
         ("[leases]\nlease = \"2h\"\n".into(), "b.toml:2", &["from 1s to 1h"]),
-        ("[storage]\nsegment = \"4KiB\"\n".into(), "b.toml:2", &["segment is 4KiB", "from 64MiB to 1GiB"]),
+        ("[storage]\nsegment = \"4KiB\"\n".into(), "b.toml:2", &["segment is 4KiB", "to 1GiB"]),
         ("[storage]\nmin_free_percent = 90\n".into(), "b.toml:2", &["min_free_percent is 90", "50"]),
         ("[limits]\nmax_payload = \"65MiB\"\n".into(), "b.toml:2", &["max_payload is 65MiB", "64MiB"]),
         ("[limits]\nmax_children = 0\n".into(), "b.toml:2", &["max_children is 0"]),
@@ -67,6 +67,10 @@ fn every_refusal_names_place_key_value_and_way_out() {
         ("[retention]\nkeep = \"0s\"\n".into(), "b.toml:2", &["keep is 0s"]),
         ("[server]\nlisten = \"0.0.0.0:7373\"\n".into(), "b.toml:2", &["0.0.0.0:7373", "no TLS", "insecure_listen = true"]),
         ("[server]\ndata_dir = \"\"\n".into(), "b.toml:2", &["data_dir is empty"]),
+        // A path that is none, by name and by position; neither shape.
+        (format!("[connection.f]\ntype = \"file\"\n[[route]]\nname = \"r\"\n{from}\naction = \"a\"\narguments = {{ u = \"bdy.url\" }}\n"), "b.toml:7", &["\"bdy.url\" is no path", "use body"]),
+        (format!("[connection.f]\ntype = \"file\"\n[[route]]\nname = \"r\"\n{from}\naction = \"a\"\narguments = [\"bdy.url\"]\n"), "b.toml:7", &["\"bdy.url\" is no path", "use body"]),
+        (format!("[connection.f]\ntype = \"file\"\n[[route]]\nname = \"r\"\n{from}\naction = \"a\"\narguments = 3\n"), "b.toml:7", &["a table of names and paths"]),
         // Not built yet.
         ("[connection.k]\ntype = \"kafka\"\nbootstrap = [\"k\"]\n".into(), "b.toml:2", &["connection.k.type = \"kafka\"", "Kafka bridge is not yet available"]),
         ("[connection.r]\ntype = \"amqp\"\n".into(), "b.toml:2", &["RabbitMQ", "not yet available"]),

@@ -7,7 +7,7 @@
 mod corpus;
 mod processes;
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -38,7 +38,10 @@ pub async fn run(options: Demo) -> ExitCode {
         Ok(stage) => stage,
         Err(error) => return fail(&options, &format!("no temporary directory: {error}")),
     };
-    let outcome = play(&options, &stage).await;
+    let outcome = tokio::select! {
+        outcome = play(&options, &stage) => outcome,
+        () = interrupted() => Err(io::Error::other("interrupted")),
+    };
     if options.keep {
         eprintln!("kept: {}", stage.display());
     } else if let Err(error) = std::fs::remove_dir_all(&stage) {
@@ -54,6 +57,18 @@ pub async fn run(options: Demo) -> ExitCode {
             }
         }
         Err(error) => fail(&options, &error.to_string()),
+    }
+}
+
+/// Ctrl-C, or a polite request to end: whatever was started ends with the demo.
+async fn interrupted() {
+    let terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
+    let Ok(mut terminate) = terminate else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
     }
 }
 
@@ -200,7 +215,7 @@ async fn play(options: &Demo, directory: &Path) -> io::Result<Value> {
     let mut killed = Killed::default();
     let kill_at = total * (40 + options.seed % 21) / 100;
     loop {
-        let journal = processes::read_journal(&stage.journal)?;
+        let journal = processes::read_journal(&stage.journal, &killed.processes)?;
         bars.update(&journal);
         if let Ok(Some(status)) = broker.child.try_wait() {
             return Err(io::Error::other(format!(
@@ -219,34 +234,30 @@ async fn play(options: &Demo, directory: &Path) -> io::Result<Value> {
         let done: u64 = journal.accepted.values().sum();
         if !options.no_kill && killed.kills == 0 && done >= kill_at {
             killed = strike(&mut broker, &stage).await?;
-            if killed.kills > 0 {
-                let again = processes::start_broker(
-                    &stage.config,
-                    broker.url.trim_start_matches("dagorama://"),
-                    &stage.broker_log,
-                    &stage.token,
-                )
-                .await?;
-                bars.say(&format!(
-                    "killed the broker (pid {}) and a worker process after {done} nodes, with {} leases open and {} acknowledgements under way; back in {} s as pid {}",
-                    broker.ready["pid"], killed.leases_open, killed.acks_in_flight, again.ready["seconds"], again.ready["pid"]
-                ));
-                broker = again;
-            }
+            let address = broker.url.trim_start_matches("dagorama://");
+            let again =
+                processes::start_broker(&stage.config, address, &stage.broker_log, &stage.token)
+                    .await?;
+            bars.say(&format!(
+                "killed the broker (pid {}) and a worker process after {done} nodes, with {} leases open and {} acknowledgements under way; back in {} s as pid {}",
+                broker.ready["pid"], killed.leases_open, killed.acks_in_flight, again.ready["seconds"], again.ready["pid"]
+            ));
+            broker = again;
         }
         if std::fs::metadata(&stage.output).is_ok_and(|about| about.len() > 0)
-            && journal.in_flight == 0
-            && done >= total
+            && journal.in_flight_alive == 0
+            && journal.settled >= total
         {
             break;
         }
         if watch.elapsed_ms() > 300_000 {
             return Err(io::Error::other(format!(
-                "not finished after five minutes: {done} of {total} nodes; {}",
+                "not finished after five minutes: {} of {total} nodes; {}",
+                journal.settled,
                 log_tail(&stage.broker_log)
             )));
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
     bars.finish();
     for worker in &mut workers {
@@ -263,9 +274,9 @@ async fn play(options: &Demo, directory: &Path) -> io::Result<Value> {
     broker.child.start_kill()?;
     broker.child.wait().await?;
     if let Some(tamper) = options.tamper {
-        falsify(tamper, &stage)?;
+        falsify(tamper, &stage, &killed.processes)?;
     }
-    let verdict = judge(options, &stage).await?;
+    let verdict = judge(options, &stage, &killed.processes).await?;
     web.abort();
     let kills_as_wanted = options.no_kill
         || (killed.kills == 2 && killed.leases_open > 0 && killed.acks_in_flight > 0);
@@ -285,6 +296,8 @@ struct Killed {
     kills: u64,
     leases_open: u64,
     acks_in_flight: u64,
+    /// Worker processes.
+    processes: Vec<i32>,
 }
 
 /// Stops the broker in the middle of something, sees to it that acknowledgements are under way, and kills it and a worker process.
@@ -296,36 +309,42 @@ async fn strike(broker: &mut Broker, stage: &Stage) -> io::Result<Killed> {
             .and_then(|pid| i32::try_from(pid).ok())
             .ok_or_else(|| io::Error::other("the broker has no pid"))?,
     );
-    kill(pid, Signal::SIGSTOP)?;
     let mut journal = processes::Journal::default();
-    for _ in 0..40 {
-        tokio::time::sleep(Duration::from_millis(25)).await;
-        journal = processes::read_journal(&stage.journal)?;
+    // Stopped, it acknowledges nothing: what workers send now stays under way. When they happen to have nothing to send, go on a little.
+    for _ in 0..100 {
+        kill(pid, Signal::SIGSTOP)?;
+        for _ in 0..10 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            journal = processes::read_journal(&stage.journal, &[])?;
+            if journal.in_flight > 0 {
+                break;
+            }
+        }
         if journal.in_flight > 0 {
             break;
         }
-    }
-    if journal.in_flight == 0 {
         kill(pid, Signal::SIGCONT)?;
-        return Ok(Killed::default());
+        tokio::time::sleep(Duration::from_millis(2)).await;
     }
     broker.child.start_kill()?;
     broker.child.wait().await?;
-    let mut kills = 1;
+    let mut killed = Killed {
+        kills: 1,
+        leases_open: journal.open,
+        acks_in_flight: journal.in_flight,
+        processes: Vec::new(),
+    };
     // The process with the most to lose.
     if let Some((child, _)) = journal.in_flight_by.iter().max_by_key(|(_, n)| **n) {
         kill(Pid::from_raw(*child), Signal::SIGKILL)?;
-        kills += 1;
+        killed.kills += 1;
+        killed.processes.push(*child);
     }
-    Ok(Killed {
-        kills,
-        leases_open: journal.open,
-        acks_in_flight: journal.in_flight,
-    })
+    Ok(killed)
 }
 
 /// Changes one piece of evidence.
-fn falsify(tamper: Tamper, stage: &Stage) -> io::Result<()> {
+fn falsify(tamper: Tamper, stage: &Stage, killed: &[i32]) -> io::Result<()> {
     if tamper == Tamper::Alter {
         let text = std::fs::read_to_string(&stage.output)?;
         let mut value: Value = serde_json::from_str(text.lines().next().unwrap_or_default())
@@ -338,6 +357,12 @@ fn falsify(tamper: Tamper, stage: &Stage) -> io::Result<()> {
         .map(|entry| entry.path())
         .collect();
     files.sort();
+    // Of a killed process it is not known what it heard.
+    files.retain(|file| {
+        let pid = file.file_stem().and_then(|name| name.to_str());
+        pid.and_then(|name| name.parse().ok())
+            .is_none_or(|pid| !killed.contains(&pid))
+    });
     for file in files {
         let text = std::fs::read_to_string(&file)?;
         let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
@@ -360,10 +385,11 @@ fn falsify(tamper: Tamper, stage: &Stage) -> io::Result<()> {
 }
 
 /// Runs the witness in a process of its own.
-async fn judge(options: &Demo, stage: &Stage) -> io::Result<Value> {
+async fn judge(options: &Demo, stage: &Stage, killed: &[i32]) -> io::Result<Value> {
     let out = tokio::process::Command::new(&options.python)
         .arg(stage.code.join("verdict.py"))
         .args([&stage.journal, &stage.output, &stage.input])
+        .args(killed.iter().map(ToString::to_string))
         .env("PYTHONPATH", processes::python_path(&stage.code))
         .output()
         .await?;
@@ -389,8 +415,12 @@ fn log_tail(path: &Path) -> String {
 
 /// Progress per action; plain lines when nobody watches.
 struct Bars {
-    bars: Vec<(&'static str, ProgressBar)>,
+    each: Vec<(&'static str, ProgressBar)>,
     all: MultiProgress,
+    /// Nobody watches: a line every two seconds instead.
+    plain: bool,
+    watch: Stopwatch,
+    next_line_ms: std::cell::Cell<u64>,
 }
 
 impl Bars {
@@ -403,7 +433,7 @@ impl Bars {
         let style = ProgressStyle::with_template("{prefix:>14} [{bar:40}] {pos:>5}/{len:5}")
             .unwrap_or_else(|_| ProgressStyle::default_bar())
             .progress_chars("=> ");
-        let bars = ACTIONS
+        let each = ACTIONS
             .iter()
             .zip(expected)
             .map(|(action, n)| {
@@ -415,12 +445,33 @@ impl Bars {
                 (*action, bar)
             })
             .collect();
-        Self { bars, all }
+        Self {
+            each,
+            all,
+            plain: !options.json && !std::io::stderr().is_terminal(),
+            watch: Stopwatch::start(),
+            next_line_ms: std::cell::Cell::new(2_000),
+        }
     }
 
     fn update(&self, journal: &processes::Journal) {
-        for (action, bar) in &self.bars {
+        for (action, bar) in &self.each {
             bar.set_position(journal.accepted.get(*action).copied().unwrap_or_default());
+        }
+        if self.plain && self.watch.elapsed_ms() >= self.next_line_ms.get() {
+            self.next_line_ms.set(self.watch.elapsed_ms() + 2_000);
+            let states: Vec<String> = self
+                .each
+                .iter()
+                .map(|(action, bar)| {
+                    format!(
+                        "{action} {}/{}",
+                        bar.position(),
+                        bar.length().unwrap_or_default()
+                    )
+                })
+                .collect();
+            eprintln!("{}", states.join(", "));
         }
     }
 
@@ -429,7 +480,7 @@ impl Bars {
     }
 
     fn finish(&self) {
-        for (_, bar) in &self.bars {
+        for (_, bar) in &self.each {
             bar.abandon();
         }
     }

@@ -1,6 +1,6 @@
 //! The processes of the demo: the broker, the workers, and what they wrote down.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -131,10 +131,14 @@ pub(super) struct Journal {
     pub(super) in_flight_by: BTreeMap<i32, u64>,
     /// Acknowledged outcomes by action.
     pub(super) accepted: BTreeMap<String, u64>,
+    /// Nodes with an acknowledged outcome, or with one that a process sent which was killed before it heard the answer.
+    pub(super) settled: u64,
+    /// Outcomes that living processes have sent and not heard of.
+    pub(super) in_flight_alive: u64,
 }
 
-/// Reads all journals of a directory.
-pub(super) fn read_journal(directory: &Path) -> io::Result<Journal> {
+/// Reads all journals of a directory. `dead` are the processes that were killed.
+pub(super) fn read_journal(directory: &Path, dead: &[i32]) -> io::Result<Journal> {
     let mut journal = Journal::default();
     let mut state: BTreeMap<(String, String, u64), &'static str> = BTreeMap::new();
     let mut actions: BTreeMap<(String, String, u64), String> = BTreeMap::new();
@@ -177,26 +181,31 @@ pub(super) fn read_journal(directory: &Path) -> io::Result<Journal> {
             }
         }
     }
+    let mut settled = BTreeSet::new();
     for (key, state) in state {
+        let node = (key.0.clone(), key.1.clone());
         match state {
             "started" => journal.open += 1,
             "sent" => {
+                let sender = senders.get(&key).copied().unwrap_or_default();
+                if dead.contains(&sender) {
+                    settled.insert(node);
+                } else {
+                    journal.in_flight_alive += 1;
+                }
                 journal.open += 1;
                 journal.in_flight += 1;
-                *journal
-                    .in_flight_by
-                    .entry(senders.get(&key).copied().unwrap_or_default())
-                    .or_default() += 1;
+                *journal.in_flight_by.entry(sender).or_default() += 1;
             }
             "accepted" => {
-                *journal
-                    .accepted
-                    .entry(actions.get(&key).cloned().unwrap_or_default())
-                    .or_default() += 1;
+                settled.insert(node);
+                let action = actions.get(&key).cloned().unwrap_or_default();
+                *journal.accepted.entry(action).or_default() += 1;
             }
             _ => {}
         }
     }
+    journal.settled = settled.len() as u64;
     Ok(journal)
 }
 

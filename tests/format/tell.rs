@@ -224,7 +224,10 @@ pub(crate) fn fact(fact: &Fact) -> String {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().fold(String::new(), |mut out, byte| {
+        write!(out, "{byte:02x}").unwrap();
+        out
+    })
 }
 
 fn index(node: Option<NodeIndex>) -> String {

@@ -108,7 +108,11 @@ fn every_command_in_the_documents_exists() {
         "{known:?}"
     );
     let mut wrong = Vec::new();
-    for document in documents() {
+    // FORMAT.md shows the bytes of the store, which begin with the program's name.
+    for document in documents()
+        .into_iter()
+        .filter(|path| !path.ends_with("FORMAT.md"))
+    {
         let text = std::fs::read_to_string(&document).unwrap();
         for line in text.lines() {
             let Some(rest) = line

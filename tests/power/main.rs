@@ -146,7 +146,7 @@ fn recordings(seed: u64) -> Vec<Recording> {
             (0..160)
                 .map(|i| plan(base + 20_000 + i, 1 + i as u32 % 5, i % 3 == 0))
                 .collect(),
-            8,
+            2,
             true,
         ),
         // Enough churn, with deletion behind it, that the log is shortened again and again and sled reuses its segments.
@@ -207,10 +207,18 @@ fn images(recording: &Recording, n: u64, blind: Blind, seed: u64) -> Found {
             replay.step(op);
             at += 1;
         }
-        let image = replay.image(&mut random);
-        let mut hash = std::hash::DefaultHasher::new();
-        std::hash::Hash::hash(&image, &mut hash);
-        found.distinct.insert(std::hash::Hasher::finish(&hash));
+        // An image that was looked at already is made anew with other luck, a few times.
+        let Some(image) = (0..6).find_map(|_| {
+            let image = replay.image(&mut random);
+            let mut hash = xxhash_rust::xxh3::Xxh3::new();
+            for (name, content) in &image {
+                hash.update(name.as_bytes());
+                hash.update(content.as_deref().unwrap_or_default());
+            }
+            found.distinct.insert(hash.digest()).then_some(image)
+        }) else {
+            continue;
+        };
         found.images += 1;
         drop(std::fs::remove_dir_all(&dir));
         std::fs::create_dir_all(&dir).unwrap();
@@ -244,7 +252,7 @@ fn images(recording: &Recording, n: u64, blind: Blind, seed: u64) -> Found {
 fn power_cuts_lose_nothing_and_the_checker_would_see_it() {
     let started = Stopwatch::start();
     let seed = faults::count("SEED", 1);
-    let n = faults::count("IMAGES", 1_080);
+    let n = faults::count("IMAGES", 1_160);
     let recordings = recordings(seed);
     let (mut total, mut distinct, mut acks, mut shortened) = (0, 0, 0, 0);
     let mut failures = Vec::new();
@@ -293,7 +301,7 @@ fn power_cuts_lose_nothing_and_the_checker_would_see_it() {
         "a missing sync was not noticed: {caught:?}"
     );
     assert!(
-        distinct >= n * 9 / 10,
+        distinct >= n * 9 / 10 && (n < 1_100 || distinct >= 1_000),
         "only {distinct} of {total} images differ"
     );
     assert!(

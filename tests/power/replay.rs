@@ -334,7 +334,16 @@ pub(crate) fn write_image(
             Some(bytes) => {
                 // A name whose directory did not survive did not survive either.
                 if path.parent().is_some_and(Path::is_dir) {
-                    std::fs::write(path, bytes)?;
+                    // Zeros at the end cost nothing as a hole.
+                    let used = bytes
+                        .iter()
+                        .rposition(|byte| *byte != 0)
+                        .map_or(0, |last| last + 1);
+                    std::fs::write(path, &bytes[..used])?;
+                    std::fs::OpenOptions::new()
+                        .write(true)
+                        .open(path)?
+                        .set_len(bytes.len() as u64)?;
                 }
             }
         }

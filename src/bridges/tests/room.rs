@@ -30,7 +30,7 @@ pub(super) fn start(
     bridges: impl FnOnce(&Handle) -> Bridges,
 ) -> Room {
     let settings = Settings {
-        outputs: output_rules(config),
+        outputs: config.settings().outputs,
         ..Settings::default()
     };
     let options = EngineOptions {

@@ -10,8 +10,8 @@ use super::*;
 use crate::broker::outcome::{CreatedNode, DeadLetterRecord, Fact};
 use crate::broker::types::{
     Attempt, Body, BodyEnd, Codec, InputRange, InputUse, KeyHash, NameId, NodeIndex, NodeKey,
-    NodeRecord, Note, Payload, PayloadRef, Progress, Retry, RunId, RunRecord, RunSeq, RunState,
-    SessionId, Spec, SpecId, Timestamp, WallTime,
+    NodeRecord, Note, Payload, PayloadRef, Progress, RunId, RunRecord, RunSeq, RunState, SessionId,
+    Spec, SpecId, Timestamp, WallTime,
 };
 use crate::storage::durable::{Durable, DurableOptions};
 use crate::storage::sled::Sled;
@@ -20,18 +20,7 @@ use crate::storage::{StorageBatch, Store};
 const KEY: KeyHash = KeyHash(77 << 64 | 5);
 
 fn spec() -> Spec {
-    Spec {
-        action: "add".into(),
-        queue: "default".into(),
-        taint: None,
-        priority: 0,
-        retry: Retry::default(),
-        timeout_ms: None,
-        fingerprint: None,
-        pin_code: false,
-        batch: None,
-        by_name: false,
-    }
+    Spec::of("add")
 }
 
 fn inline(bytes: &'static [u8]) -> Payload {
