@@ -110,9 +110,9 @@ pub enum Command {
         #[arg(long, default_value = "")]
         reason: String,
     },
-    /// Resume an ended run from its failed, skipped and cancelled nodes, with the newest code.
+    /// Resume an ended run from its failed, skipped and cancelled nodes, with the code that workers have loaded.
     ///
-    /// The code is what the workers have loaded: restart them first when it has changed.
+    /// Restart the workers first when the code has changed: a running worker goes on with what it has loaded.
     Retry {
         /// How to reach the broker.
         #[command(flatten)]

@@ -98,26 +98,35 @@ pub async fn bridge(connection: &Connection, what: &BridgeCommand) -> Outcomes {
 }
 
 fn entry_line(kind: &str, entry: &Value) -> String {
-    let mut line = format!(
-        "{kind} {}  {}  {} messages",
+    let mut parts = vec![counted(entry["messages"].as_u64().unwrap_or(0), "message")];
+    parts.extend(entry["lag"].as_u64().map(|lag| format!("lag {lag}")));
+    parts.extend(
+        entry["dead_letters"]
+            .as_u64()
+            .filter(|n| *n > 0)
+            .map(|n| counted(n, "dead letter")),
+    );
+    let said = |field: &str| entry[field].as_str().filter(|text| !text.is_empty());
+    let reason = said("reason").map(|reason| match said("code") {
+        Some(code) => format!("  {code}: {reason}"),
+        None => format!("  {reason}"),
+    });
+    let error = said("last_error")
+        .filter(|error| Some(*error) != said("reason"))
+        .map(|error| format!("  last error: {error}"));
+    format!(
+        "{kind} {}  {}  {}{}{}",
         text(&entry["name"]),
         text(&entry["state"]),
-        text(&entry["messages"])
-    );
-    if let Some(lag) = entry["lag"].as_u64() {
-        line += &format!(", lag {lag}");
-    }
-    if let Some(dead) = entry["dead_letters"].as_u64().filter(|n| *n > 0) {
-        line += &format!(", {dead} dead letters");
-    }
-    let said = |field: &str| entry[field].as_str().filter(|text| !text.is_empty());
-    if let Some(reason) = said("reason") {
-        line += &format!("  {}: {reason}", said("code").unwrap_or("reason"));
-    }
-    if let Some(error) = said("last_error").filter(|error| Some(*error) != said("reason")) {
-        line += &format!("  last error: {error}");
-    }
-    line
+        parts.join(", "),
+        reason.unwrap_or_default(),
+        error.unwrap_or_default()
+    )
+}
+
+fn counted(n: u64, what: &str) -> String {
+    let end = if n == 1 { "" } else { "s" };
+    format!("{n} {what}{end}")
 }
 
 #[cfg(test)]
@@ -134,7 +143,7 @@ mod tests {
         let fine = json!({"name": "inbox", "state": "running", "code": "", "reason": "", "last_error": "", "messages": 4, "dead_letters": 1, "lag": 0});
         assert_eq!(
             entry_line("route", &fine),
-            "route inbox  running  4 messages, lag 0, 1 dead letters"
+            "route inbox  running  4 messages, lag 0, 1 dead letter"
         );
         let parked = json!({"name": "out", "state": "parked", "code": "OUTPUT_FAILED", "reason": "no space", "last_error": "no space", "messages": 0, "lag": null});
         assert_eq!(
