@@ -159,6 +159,53 @@ pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<bool> {
     }
 }
 
+/// Allocates the blocks of a file up to a length, without writing them. `Ok(false)`: this file system cannot.
+pub fn allocate(file: &File, length: u64) -> io::Result<bool> {
+    let Ok(length) = i64::try_from(length) else {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    };
+    // SAFETY: integers, and a descriptor that is open for as long as `file` is borrowed.
+    let result =
+        unsafe { libc::fallocate64(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, 0, length) };
+    if result == 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EOPNOTSUPP | libc::ENOSYS) => Ok(false),
+        _ => Err(error),
+    }
+}
+
+/// Where the next bytes begin that are not a hole; `from` itself if it is not in one, or this file system does not tell.
+/// `None`: only holes follow. Moves the file's own offset.
+pub fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
+    match seek(file, from, libc::SEEK_DATA) {
+        Ok(data) => Ok(Some(data)),
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(Some(from)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Where the next hole begins: the end of the file if there is none, or this file system does not tell. Moves the file's own
+/// offset.
+pub fn next_hole(file: &File, from: u64) -> io::Result<u64> {
+    match seek(file, from, libc::SEEK_HOLE) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(file.metadata()?.len()),
+        other => other,
+    }
+}
+
+fn seek(file: &File, from: u64, whence: libc::c_int) -> io::Result<u64> {
+    let Ok(from) = i64::try_from(from) else {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    };
+    // SAFETY: integers, and a descriptor that is open for as long as `file` is borrowed.
+    let result = unsafe { libc::lseek64(file.as_raw_fd(), from, whence) };
+    u64::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
 /// Takes the exclusive lock of an open file without waiting. `Ok(false)`: another process (or another open file) has it.
 pub fn try_lock(file: &File) -> io::Result<bool> {
     // SAFETY: integers, and a descriptor that is open for as long as `file` is borrowed.
