@@ -197,6 +197,15 @@ pub fn next_hole(file: &File, from: u64) -> io::Result<u64> {
     }
 }
 
+/// Reads of this open file bring nothing into the page cache but what they ask for.
+pub fn read_nothing_ahead(file: &File) -> io::Result<()> {
+    // SAFETY: integers, and a descriptor that is open for as long as `file` is borrowed.
+    match unsafe { libc::posix_fadvise64(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
 fn seek(file: &File, from: u64, whence: libc::c_int) -> io::Result<u64> {
     let Ok(from) = i64::try_from(from) else {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
@@ -250,6 +259,28 @@ mod tests {
             assert!(all[12_288..].iter().all(|b| *b == 7));
         }
         assert_eq!(file.metadata().unwrap().len(), 16_384);
+    }
+
+    #[test]
+    fn allocated_blocks_are_a_hole_until_they_are_written() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(65_536).unwrap();
+        if !allocate(&file, 65_536).unwrap() {
+            return;
+        }
+        assert_eq!(file.metadata().unwrap().len(), 65_536);
+        assert_eq!(next_data(&file, 0).unwrap(), None);
+        std::os::unix::fs::FileExt::write_all_at(&file, &[1; 4_096], 32_768).unwrap();
+        assert_eq!(next_hole(&file, 0).unwrap(), 0);
+        assert_eq!(next_data(&file, 0).unwrap(), Some(32_768));
+        assert_eq!(next_data(&file, 32_776).unwrap(), Some(32_776));
+        assert_eq!(next_hole(&file, 32_776).unwrap(), 36_864);
+        assert_eq!(next_data(&file, 36_864).unwrap(), None);
+        assert_eq!(next_data(&file, 65_536).unwrap(), None, "the end");
+        file.set_len(0).unwrap();
+        file.set_len(65_536).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[1; 65_536], 0).unwrap();
+        assert_eq!(next_hole(&file, 5).unwrap(), 65_536);
     }
 
     #[test]

@@ -80,20 +80,22 @@ pub(super) fn search(
 ) -> Result<Option<(u64, Header)>, StorageError> {
     let size = identity.segment_bytes;
     let mut buffer = vec![0; PIECE as usize + ENTRY_HEADER];
+    // A hole that was read, ahead or not, is in the page cache and looks like data: the search would follow itself to the end.
+    sync_shim::read_nothing_ahead(&segment.file).map_err(|e| io("advise on", &segment.path, e))?;
     let mut offset = from;
     while offset < size {
         // No entry begins in a hole: its length is not 0.
-        let data = sync_shim::next_data(&segment.file, offset)
-            .map_err(|e| io("look for data in", &segment.path, e))?;
-        let Some(data) = data else {
+        let Some((data, hole)) = data_from(segment, offset)? else {
             break;
         };
         offset = offset.max(data - data % ALIGN as u64);
-        let length = (buffer.len() as u64).min(size - offset) as usize;
-        let bytes = &mut buffer[..length];
-        read(segment, bytes, offset)?;
+        let length = (buffer.len() as u64).min(size - offset);
+        let bytes = &mut buffer[..length as usize];
+        let (written, zeros) = bytes.split_at_mut(length.min(hole.saturating_sub(offset)) as usize);
+        read(segment, written, offset)?;
+        zeros.fill(0);
         // What begins in the last bytes begins the next piece.
-        let mut starts = (0..length.min(PIECE as usize)).step_by(BLOCK);
+        let mut starts = (0..length.min(PIECE) as usize).step_by(BLOCK);
         let found =
             starts.find_map(|at| candidates(identity, segment, bytes, offset, at, sequence));
         if let Some(found) = found {
@@ -102,6 +104,18 @@ pub(super) fn search(
         offset += PIECE;
     }
     Ok(None)
+}
+
+/// Where data is that begins at an offset or behind it, and where its end. `None`: only zeros follow.
+fn data_from(segment: &Segment, offset: u64) -> Result<Option<(u64, u64)>, StorageError> {
+    let Some(data) = sync_shim::next_data(&segment.file, offset)
+        .map_err(|e| io("look for data in", &segment.path, e))?
+    else {
+        return Ok(None);
+    };
+    let hole = sync_shim::next_hole(&segment.file, data)
+        .map_err(|e| io("look for holes in", &segment.path, e))?;
+    Ok(Some((data, hole)))
 }
 
 /// Looks at everything that may begin in the block at `at`; `bytes` lie at `offset` of the segment.
