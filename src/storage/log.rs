@@ -3,12 +3,14 @@
 //!
 //! A position is a byte of the endless log: segment number times segment size, plus the offset in the segment. An entry's
 //! checksum covers its position, its sequence number and the store's id, so an old entry in a recycled segment never passes.
-//! Segments are full of zeros or of old entries before they are used: overwriting needs no metadata, and half as long a sync.
+//! A segment's blocks are allocated before it is used, and zeros or old entries lie ahead of the end: overwriting needs no
+//! metadata, and half as long a sync.
 //!
 //! Knows bytes, not facts. After any failed write or sync it refuses everything (G17).
 
 mod entry;
 mod prepare;
+mod reading;
 mod replay;
 mod segment;
 #[cfg(test)]
@@ -242,6 +244,8 @@ impl Log {
         };
         entry::finish(buffer, &header, &self.identity.store_id, position);
         let offset = position % self.identity.segment_bytes;
+        self.active
+            .fill(offset + buffer.len() as u64, self.identity.segment_bytes)?;
         let Segment { file, path, .. } = &self.active;
         file.write_all_at(buffer, offset)
             .map_err(|e| io("write", path, e))?;

@@ -159,6 +159,62 @@ pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<bool> {
     }
 }
 
+/// Allocates the blocks of a file up to a length, without writing them. `Ok(false)`: this file system cannot.
+pub fn allocate(file: &File, length: u64) -> io::Result<bool> {
+    let Ok(length) = i64::try_from(length) else {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    };
+    // SAFETY: integers, and a descriptor that is open for as long as `file` is borrowed.
+    let result =
+        unsafe { libc::fallocate64(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, 0, length) };
+    if result == 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EOPNOTSUPP | libc::ENOSYS) => Ok(false),
+        _ => Err(error),
+    }
+}
+
+/// Where the next bytes begin that are not a hole; `from` itself if it is not in one, or this file system does not tell.
+/// `None`: only holes follow. Moves the file's own offset.
+pub fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
+    match seek(file, from, libc::SEEK_DATA) {
+        Ok(data) => Ok(Some(data)),
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(Some(from)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Where the next hole begins: the end of the file if there is none, or this file system does not tell. Moves the file's own
+/// offset.
+pub fn next_hole(file: &File, from: u64) -> io::Result<u64> {
+    match seek(file, from, libc::SEEK_HOLE) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(file.metadata()?.len()),
+        other => other,
+    }
+}
+
+/// Reads of this open file bring nothing into the page cache but what they ask for.
+pub fn read_nothing_ahead(file: &File) -> io::Result<()> {
+    // SAFETY: integers, and a descriptor that is open for as long as `file` is borrowed.
+    match unsafe { libc::posix_fadvise64(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+fn seek(file: &File, from: u64, whence: libc::c_int) -> io::Result<u64> {
+    let Ok(from) = i64::try_from(from) else {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    };
+    // SAFETY: integers, and a descriptor that is open for as long as `file` is borrowed.
+    let result = unsafe { libc::lseek64(file.as_raw_fd(), from, whence) };
+    u64::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
 /// Takes the exclusive lock of an open file without waiting. `Ok(false)`: another process (or another open file) has it.
 pub fn try_lock(file: &File) -> io::Result<bool> {
     // SAFETY: integers, and a descriptor that is open for as long as `file` is borrowed.
@@ -203,6 +259,28 @@ mod tests {
             assert!(all[12_288..].iter().all(|b| *b == 7));
         }
         assert_eq!(file.metadata().unwrap().len(), 16_384);
+    }
+
+    #[test]
+    fn allocated_blocks_are_a_hole_until_they_are_written() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(65_536).unwrap();
+        if !allocate(&file, 65_536).unwrap() {
+            return;
+        }
+        assert_eq!(file.metadata().unwrap().len(), 65_536);
+        assert_eq!(next_data(&file, 0).unwrap(), None);
+        std::os::unix::fs::FileExt::write_all_at(&file, &[1; 4_096], 32_768).unwrap();
+        assert_eq!(next_hole(&file, 0).unwrap(), 0);
+        assert_eq!(next_data(&file, 0).unwrap(), Some(32_768));
+        assert_eq!(next_data(&file, 32_776).unwrap(), Some(32_776));
+        assert_eq!(next_hole(&file, 32_776).unwrap(), 36_864);
+        assert_eq!(next_data(&file, 36_864).unwrap(), None);
+        assert_eq!(next_data(&file, 65_536).unwrap(), None, "the end");
+        file.set_len(0).unwrap();
+        file.set_len(65_536).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[1; 65_536], 0).unwrap();
+        assert_eq!(next_hole(&file, 5).unwrap(), 65_536);
     }
 
     #[test]

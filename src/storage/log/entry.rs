@@ -68,14 +68,15 @@ pub(super) fn finish(buffer: &mut Vec<u8>, header: &Header, store_id: &[u8; 16],
     buffer.resize(padded(buffer.len()), 0);
 }
 
-/// Reads the entry at the start of `bytes`, which reach to the end of the segment. `None`: there is none, or it is not whole.
-pub(super) fn read(bytes: &[u8], store_id: &[u8; 16], position: u64) -> Option<Header> {
-    let number = |at: usize| -> Option<u64> {
-        Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
-    };
+/// The length of what begins like an entry: all but the sum is right. Needs the header only.
+pub(super) fn length(bytes: &[u8], store_id: &[u8; 16], position: u64) -> Option<u32> {
+    begin(bytes, store_id, position).map(|(length, ..)| length)
+}
+
+/// Length, kind and seed of what begins like an entry.
+fn begin(bytes: &[u8], store_id: &[u8; 16], position: u64) -> Option<(u32, Kind, u64)> {
     let length = u32::from_le_bytes(bytes.get(..4)?.try_into().ok()?);
-    let whole = length as usize;
-    if whole < ENTRY_HEADER || whole > bytes.len() {
+    if bytes.len() < ENTRY_HEADER || (length as usize) < ENTRY_HEADER {
         return None;
     }
     let kind = match bytes[4..6] {
@@ -85,9 +86,19 @@ pub(super) fn read(bytes: &[u8], store_id: &[u8; 16], position: u64) -> Option<H
         _ => return None,
     };
     let seed = seed(bytes, store_id, position);
-    if bytes[6..8] != seed.to_le_bytes()[..2] {
+    (bytes[6..8] == seed.to_le_bytes()[..2]).then_some((length, kind, seed))
+}
+
+/// Reads the entry at the start of `bytes`. `None`: there is none, or it is not whole.
+pub(super) fn read(bytes: &[u8], store_id: &[u8; 16], position: u64) -> Option<Header> {
+    let (length, kind, seed) = begin(bytes, store_id, position)?;
+    let whole = length as usize;
+    if whole > bytes.len() {
         return None;
     }
+    let number = |at: usize| -> Option<u64> {
+        Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
+    };
     let header = Header {
         kind,
         length,

@@ -1,4 +1,5 @@
-//! The thread that has the next segment ready before it is needed: full of zeros, or an old one with a new header and name.
+//! The thread that has the next segment ready before it is needed: all blocks allocated and the first ones zeros, or an old one
+//! with a new header and name.
 //!
 //! A segment appears under its name only after its content is durable, so a short or nameless one is nobody's.
 
@@ -9,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-use super::segment::{self, Segment};
+use super::segment::{self, FILL, Segment};
 use super::{LogIdentity, io, sync_dir};
 use crate::storage::{StorageError, sync_shim};
 
@@ -145,11 +146,18 @@ pub(super) fn make_segment(
         .metadata()
         .is_ok_and(|m| m.len() == identity.segment_bytes);
     if !(recycled && whole) {
-        file.set_len(0).map_err(|e| io("cut", &unfinished, e))?;
-        let zeros = vec![0; 1 << 20];
+        let size = identity.segment_bytes;
+        file.set_len(0)
+            .and_then(|()| file.set_len(size))
+            .map_err(|e| io("cut", &unfinished, e))?;
+        // Blocks that are allocated but not written look like a hole: a start need not read them.
+        let allocated = sync_shim::allocate(&file, size)
+            .map_err(|e| io("allocate blocks for", &unfinished, e))?;
+        let filled = if allocated { size.min(FILL) } else { size };
+        let zeros = vec![0; FILL as usize];
         let mut offset = 0;
-        while offset < identity.segment_bytes {
-            let length = (identity.segment_bytes - offset).min(zeros.len() as u64);
+        while offset < filled {
+            let length = (filled - offset).min(FILL);
             file.write_all_at(&zeros[..length as usize], offset)
                 .map_err(|e| io("write", &unfinished, e))?;
             offset += length;

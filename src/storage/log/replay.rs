@@ -7,8 +7,9 @@ use std::path::PathBuf;
 
 use bytes::Bytes;
 
-use super::entry::{self, ALIGN, ENTRY_HEADER, Header, Kind, padded};
+use super::entry::{ENTRY_HEADER, Header, Kind, padded};
 use super::prepare::UNFINISHED;
+use super::reading::{Pieces, search};
 use super::segment::{SEGMENT_HEADER, Segment, number_of};
 use super::{LogIdentity, LogPlace, io, sync_dir};
 use crate::broker::types::{Timestamp, WallTime};
@@ -58,13 +59,11 @@ pub(super) fn replay(
                 "the state names a place before the first entry",
             ));
         }
-        let bytes = Bytes::from(segment.rest(start, size)?);
-        let base = place.position;
+        let base = segment.number * size;
+        let mut pieces = Pieces::new(identity, &segment);
         loop {
-            let offset = (place.position - base) as usize;
-            let rest = bytes.get(offset..).unwrap_or_default();
-            let Some(header) = entry::read(rest, &identity.store_id, place.position) else {
-                nothing_after(identity, rest, place, &numbers, segment.number)?;
+            let Some((header, bytes)) = pieces.entry(place.position - base)? else {
+                nothing_after(identity, &segment, place, &numbers)?;
                 break 'segments;
             };
             if header.sequence != place.sequence + 1 {
@@ -83,13 +82,12 @@ pub(super) fn replay(
                 continue 'segments;
             }
             sealed = header.kind == Kind::Seal;
-            let whole = offset + header.length as usize;
             replayed(Replayed {
                 after: place,
                 now: header.now,
                 wall: header.wall,
                 body: (header.kind == Kind::Facts)
-                    .then(|| bytes.slice(offset + ENTRY_HEADER..whole)),
+                    .then(|| bytes.slice(ENTRY_HEADER..header.length as usize)),
             })?;
         }
     }
@@ -121,10 +119,9 @@ fn segments(identity: &LogIdentity) -> Result<Vec<u64>, StorageError> {
 /// Makes sure that no valid entry follows a bad one, in its segment or in a later one.
 fn nothing_after(
     identity: &LogIdentity,
-    rest: &[u8],
+    active: &Segment,
     place: LogPlace,
     numbers: &[u64],
-    active: u64,
 ) -> Result<(), StorageError> {
     let size = identity.segment_bytes;
     let refuse = |at: u64, found: Header| {
@@ -135,35 +132,20 @@ fn nothing_after(
         );
         Err(damaged(place.position, &detail))
     };
-    if let Some((at, found)) = search(identity, rest, place.position, place.sequence) {
+    let from = place.position - active.number * size;
+    if let Some((at, found)) = search(identity, active, from, place.sequence)? {
         return refuse(at, found);
     }
-    for number in numbers.iter().filter(|n| **n > active) {
+    for number in numbers.iter().filter(|n| **n > active.number) {
         // One that is not whole was never used: its header is durable before its name.
         let Ok(segment) = Segment::open(identity, *number) else {
             continue;
         };
-        let base = number * size + SEGMENT_HEADER;
-        let bytes = segment.rest(SEGMENT_HEADER, size)?;
-        if let Some((at, found)) = search(identity, &bytes, base, place.sequence) {
+        if let Some((at, found)) = search(identity, &segment, SEGMENT_HEADER, place.sequence)? {
             return refuse(at, found);
         }
     }
     Ok(())
-}
-
-/// The first valid entry after entry `sequence` in these bytes.
-fn search(identity: &LogIdentity, bytes: &[u8], base: u64, sequence: u64) -> Option<(u64, Header)> {
-    (0..bytes.len()).step_by(ALIGN).find_map(|offset| {
-        let rest = &bytes[offset..];
-        let number = u64::from_le_bytes(rest.get(8..16)?.try_into().ok()?);
-        // Most of what lies here is zeros or entries of long ago: a cheap look before the checksum.
-        if number <= sequence {
-            return None;
-        }
-        let at = base + offset as u64;
-        entry::read(rest, &identity.store_id, at).map(|header| (at, header))
-    })
 }
 
 /// Names the segments that are done with, and deletes what is nobody's.

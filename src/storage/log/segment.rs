@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{LogIdentity, io};
-use crate::storage::StorageError;
+use crate::storage::{StorageError, sync_shim};
 
 /// Bytes before the first entry.
 pub(super) const SEGMENT_HEADER: u64 = 64;
+/// Zeros are written so far ahead of the entries.
+pub(super) const FILL: u64 = 1 << 20;
 const MAGIC: &[u8; 8] = b"dagolog\n";
 const VERSION: u32 = 1;
 
@@ -19,6 +21,8 @@ pub(super) struct Segment {
     pub(super) number: u64,
     pub(super) file: File,
     pub(super) path: PathBuf,
+    /// Blocks up to here have been written; those behind are allocated only.
+    filled: u64,
 }
 
 /// Where a segment lies.
@@ -73,15 +77,30 @@ impl Segment {
         if found != header(identity, number) {
             return Err(corrupt("its header is not this segment's".to_owned()));
         }
-        Ok(Self { number, file, path })
+        let filled = sync_shim::next_hole(&file, SEGMENT_HEADER)
+            .map_err(|e| io("look for holes in", &path, e))?;
+        Ok(Self {
+            number,
+            file,
+            path,
+            filled,
+        })
     }
 
-    /// The bytes from an offset to the end.
-    pub(super) fn rest(&self, offset: u64, size: u64) -> Result<Vec<u8>, StorageError> {
-        let mut bytes = vec![0; size.saturating_sub(offset) as usize];
-        self.file
-            .read_exact_at(&mut bytes, offset)
-            .map_err(|e| io("read", &self.path, e))?;
-        Ok(bytes)
+    /// Called before something is written up to `end`: has zeros written behind it, so that most writes overwrite and need no
+    /// metadata. They are durable with the next sync, and nothing depends on it.
+    pub(super) fn fill(&mut self, end: u64, size: u64) -> Result<(), StorageError> {
+        if end <= self.filled {
+            return Ok(());
+        }
+        let to = end.next_multiple_of(FILL).min(size);
+        if to > end {
+            let zeros = vec![0; (to - end) as usize];
+            self.file
+                .write_all_at(&zeros, end)
+                .map_err(|e| io("write", &self.path, e))?;
+        }
+        self.filled = to;
+        Ok(())
     }
 }

@@ -313,3 +313,152 @@ fn a_half_made_segment_is_removed() {
     drop(log);
     assert_eq!(bench.bodies().unwrap().len(), 40);
 }
+
+/// A segment that is larger than what is read at once and than what is filled ahead.
+const LARGE: u64 = 4 << 20;
+
+fn large() -> (tempfile::TempDir, LogIdentity, LogPlace) {
+    let dir = tempfile::tempdir().unwrap();
+    let identity = LogIdentity {
+        dir: dir.path().join("log"),
+        store_id: *b"0123456789abcdef",
+        segment_bytes: LARGE,
+    };
+    let start = Log::create(&identity).unwrap();
+    (dir, identity, start)
+}
+
+fn lengths(identity: &LogIdentity, from: LogPlace) -> Result<Vec<usize>, StorageError> {
+    let mut found = Vec::new();
+    Log::open(identity.clone(), from, &mut |entry| {
+        found.extend(entry.body.map(|body| body.len()));
+        Ok(())
+    })?;
+    Ok(found)
+}
+
+#[test]
+fn entries_longer_than_a_piece_and_across_pieces_come_back() {
+    let (_dir, identity, start) = large();
+    let sizes = [3 << 20, 8, 300_000, 262_144 - 40, 262_144, 100, 2 << 20, 1];
+    for n in 0..sizes.len() {
+        let mut log = Log::open(identity.clone(), start, &mut |_| Ok(())).unwrap();
+        append(&mut log, &vec![n as u8 + 1; sizes[n]]);
+        drop(log);
+        assert_eq!(lengths(&identity, start).unwrap(), sizes[..=n]);
+    }
+}
+
+#[test]
+fn a_new_segment_is_allocated_and_zeros_run_ahead_of_the_end() {
+    let (dir, identity, start) = large();
+    let probe = std::fs::File::create(dir.path().join("probe")).unwrap();
+    if !sync_shim::allocate(&probe, LARGE).unwrap() {
+        return; // then all of it is written
+    }
+    let file = std::fs::File::open(segment::path(&identity.dir, 1)).unwrap();
+    let filled = || sync_shim::next_hole(&file, 0).unwrap();
+    assert_eq!(filled(), segment::FILL);
+    let mut log = Log::open(identity.clone(), start, &mut |_| Ok(())).unwrap();
+    let mut sizes = Vec::new();
+    while log.place().position % LARGE < LARGE - (200 << 10) {
+        sizes.push(150_000);
+        append(&mut log, &[7; 150_000]);
+        // What was read of a hole looks filled too.
+        let ahead = (log.place().position - LARGE).next_multiple_of(segment::FILL);
+        assert!((ahead..=ahead + segment::FILL).contains(&filled()));
+        if sizes.len() % 5 == 0 {
+            drop(log);
+            assert_eq!(lengths(&identity, start).unwrap(), sizes);
+            log = Log::open(identity.clone(), start, &mut |_| Ok(())).unwrap();
+        }
+    }
+    drop(log);
+    assert_eq!(lengths(&identity, start).unwrap(), sizes);
+}
+
+#[test]
+fn a_hole_before_a_later_entry_is_refused() {
+    let (_dir, identity, start) = large();
+    let mut log = Log::open(identity.clone(), start, &mut |_| Ok(())).unwrap();
+    let places: Vec<_> = (0..5)
+        .map(|_| append(&mut log, &[9; 600_000]).position)
+        .collect();
+    drop(log);
+    let path = segment::path(&identity.dir, 1);
+    let whole = std::fs::read(&path).unwrap();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    let last = places[3] - LARGE;
+    let first = places[0] - LARGE;
+    for (from, to, refused) in [
+        (8_192, last - 8_192, true),
+        (8_192, last, true),
+        (0, first, true),
+        (8_192, LARGE, false),
+        (last, LARGE, false),
+    ] {
+        if !sync_shim::punch_hole(&file, from, to - from).unwrap() {
+            return; // no holes here
+        }
+        let result = lengths(&identity, start);
+        assert_eq!(is_corrupt(&result), refused, "{from}..{to}: {result:?}");
+        std::fs::write(&path, &whole).unwrap();
+    }
+}
+
+#[test]
+fn the_search_finds_an_entry_wherever_it_begins() {
+    let (_dir, identity, _) = large();
+    let open = || Segment::open(&identity, 1).unwrap();
+    let segment = open();
+    let header = entry::Header {
+        kind: Kind::Facts,
+        length: 40 + 9,
+        sequence: 6,
+        now: Timestamp(1),
+        wall: WallTime(2),
+    };
+    let (from, piece, block) = (SEGMENT_HEADER, 256 << 10, 4_096);
+    let edges = [
+        from,
+        from + block,
+        from + piece,
+        from + 2 * piece,
+        1 << 20,
+        LARGE - 56,
+    ];
+    let starts = edges.iter().flat_map(|edge| {
+        let first = edge.saturating_sub(64).max(from);
+        (first..(edge + 64).min(LARGE - 55)).step_by(8)
+    });
+    let mut tried = 0;
+    for noise in [0, 0xff, 1] {
+        std::fs::write(&segment.path, vec![noise; LARGE as usize]).unwrap();
+        segment
+            .file
+            .write_all_at(&segment::header(&identity, 1), 0)
+            .unwrap();
+        for start in starts.clone() {
+            let mut bytes = vec![0; ENTRY_HEADER];
+            bytes.extend_from_slice(b"nine byte");
+            let position = LARGE + start;
+            entry::finish(&mut bytes, &header, &identity.store_id, position);
+            segment.file.write_all_at(&bytes, start).unwrap();
+            let found = |after, from| {
+                let found = reading::search(&identity, &segment, from, after).unwrap();
+                found.map(|(at, header)| (at, header.sequence))
+            };
+            assert_eq!(found(5, from), Some((position, 6)), "{start} in {noise:x}");
+            assert_eq!(found(5, start), Some((position, 6)));
+            assert_eq!(found(6, from), None, "not a later one");
+            assert_eq!(found(5, start + 8), None, "it begins before");
+            bytes[44] ^= 1;
+            segment.file.write_all_at(&bytes, start).unwrap();
+            assert_eq!(found(5, from), None, "not whole");
+            bytes.fill(noise);
+            segment.file.write_all_at(&bytes, start).unwrap();
+            tried += 1;
+        }
+    }
+    assert!(tried > 200, "only {tried}");
+}
