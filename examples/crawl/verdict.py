@@ -62,7 +62,8 @@ def verdict(journals: list[dict[str, Any]], outputs: list[Any], inputs: list[Any
 def main() -> int:
     """Read the files, print one JSON line."""
     journal_dir, output_file, input_file = map(Path, sys.argv[1:4])
-    journals = [{**json.loads(line), "pid": int(path.stem)} for path in sorted(journal_dir.iterdir()) for line in path.read_text().splitlines()]
+    files = sorted(journal_dir.iterdir())
+    journals = [{**json.loads(line), "pid": int(path.stem)} for path in files for line in path.read_text().splitlines()]
     outputs = [json.loads(line) for line in output_file.read_text().splitlines()] if output_file.exists() else []
     inputs = [json.loads(line) for line in input_file.read_text().splitlines()]
     result = verdict(journals, outputs, inputs, set(map(int, sys.argv[4:])))

@@ -238,6 +238,35 @@ def test_broker_killed_and_restarted(real: Real) -> None:
     assert flows.add.submit(1, 2).result(30) == 3
 
 
+def test_broker_stopped_in_order_and_restarted(real: Real) -> None:
+    site = real()
+    site.worker("--concurrency", "2")
+    run = flows.leaves.submit(200, 0.01)
+    runs: list[Any] = []
+    ended = threading.Event()
+
+    def go_on() -> None:
+        while not ended.wait(0.002):
+            runs.append(flows.add.submit(len(runs), 1))
+
+    client = threading.Thread(target=go_on)
+    client.start()
+    try:
+        for part in (50, 100, 150):
+            site.wait_for(lambda part=part: len(site.lines("leaf")) >= part)  # type: ignore[misc]
+            site.broker.process.terminate()
+            site.broker.process.wait(20)
+            assert site.broker.process.stdout is not None
+            site.broker.process.stdout.close()
+            site.broker.start()
+        once(site, run, 200)
+    finally:
+        ended.set()
+        client.join(30)
+    assert len({run.id for run in runs}) == len(runs) > 50
+    assert [run.result(30) for run in runs] == list(range(1, len(runs) + 1))
+
+
 def test_worker_killed(real: Real) -> None:
     site = real("--lease", "2s")
     worker = site.worker("--concurrency", "2")

@@ -204,11 +204,19 @@ fn what_is_no_store_is_told_by_its_exit_code() {
     let seen = verify(&empty, &["--json"]);
     assert_eq!(
         (seen.exit, &seen.json()["code"]),
-        (2, &"STORE_CORRUPT".into())
+        (3, &"INVALID_REQUEST".into())
     );
     fs::write(empty.join("thesis.tex"), b"years of work").unwrap();
-    assert_eq!(verify(&empty, &[]).exit, 2);
+    assert_eq!(verify(&empty, &[]).exit, 3);
 
+    // One that has lost something was a store.
+    let (_dir, store) = sound();
+    fs::remove_file(store.join("FORMAT")).unwrap();
+    let seen = verify(&store, &["--json"]);
+    assert_eq!(
+        (seen.exit, &seen.json()["code"]),
+        (2, &"STORE_CORRUPT".into())
+    );
     let (_dir, store) = sound();
     fs::write(store.join("FORMAT"), "dagorama store\nformat 99\n").unwrap();
     let seen = verify(&store, &["--json"]);
