@@ -96,7 +96,7 @@ fn every_refusal_names_place_key_value_and_way_out() {
         (route("from = { connection = \"f\", stdin = true, follow = true }"), "b.toml:6", &["follow is for files"]),
         (route("from = { connection = \"f\", topics = [\"x\"] }"), "b.toml:6", &["unknown field `topics`"]),
         (route(&format!("{from}\ncodec = \"yaml\"")), "b.toml:7", &["unknown variant `yaml`", "`json`"]),
-        (route(&format!("{from}\narguments = {{ x = \"upper(body)\" }}")), "b.toml:7", &["list of paths"]),
+        (route(&format!("{from}\narguments = {{ x = \"upper(body)\" }}")), "b.toml:7", &["\"upper(body)\" is no path"]),
         (route(&format!("{from}\narguments = 3")), "b.toml:7", &["list of paths"]),
         (route(&format!("{from}\ncodec = \"raw\"\narguments = {{ x = \"body.x\" }}")), "b.toml:8", &["body.x looks into the body", "codec = \"json\""]),
         (route(&format!("{from}\ncodec = \"raw\"\ndedup = \"body.x\"")), "b.toml:8", &["use \"hash\""]),
