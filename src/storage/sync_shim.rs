@@ -279,7 +279,7 @@ mod tests {
         assert_eq!(next_data(&file, 65_536).unwrap(), None, "the end");
         file.set_len(0).unwrap();
         file.set_len(65_536).unwrap();
-        std::os::unix::fs::FileExt::write_all_at(&file, &[1; 65_536], 0).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &vec![1; 65_536], 0).unwrap();
         assert_eq!(next_hole(&file, 5).unwrap(), 65_536);
     }
 

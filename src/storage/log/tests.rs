@@ -363,7 +363,7 @@ fn a_new_segment_is_allocated_and_zeros_run_ahead_of_the_end() {
     let mut sizes = Vec::new();
     while log.place().position % LARGE < LARGE - (200 << 10) {
         sizes.push(150_000);
-        append(&mut log, &[7; 150_000]);
+        append(&mut log, &vec![7; 150_000]);
         // What was read of a hole looks filled too.
         let ahead = (log.place().position - LARGE).next_multiple_of(segment::FILL);
         assert!((ahead..=ahead + segment::FILL).contains(&filled()));
@@ -382,7 +382,7 @@ fn a_hole_before_a_later_entry_is_refused() {
     let (_dir, identity, start) = large();
     let mut log = Log::open(identity.clone(), start, &mut |_| Ok(())).unwrap();
     let places: Vec<_> = (0..5)
-        .map(|_| append(&mut log, &[9; 600_000]).position)
+        .map(|_| append(&mut log, &vec![9; 600_000]).position)
         .collect();
     drop(log);
     let path = segment::path(&identity.dir, 1);
