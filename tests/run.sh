@@ -50,7 +50,7 @@ say "Python: ruff, mypy --strict, pyright"
 )
 
 say "Python tests against the real broker"
-(cd python && DAGORAMA_BIN=$PWD/../target/debug/dagorama "../$venv/bin/pytest" -q)
+(cd python && DAGORAMA_BIN=$PWD/../target/debug/dagorama "../$venv/bin/pytest")
 
 say "the demo, and its checker on tampered evidence"
 for tamper in "" lose twice alter; do
