@@ -1,8 +1,8 @@
 //! The real program as people and scripts meet it: exit codes, what is printed, and what is said when the answer is no.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use dagorama::client::{Data, Failure, Returned, Worker, spec};
@@ -73,6 +73,11 @@ struct Broker {
 
 impl Broker {
     fn start(config: Option<&str>) -> Self {
+        Self::start_with(config, Stdio::null()).0
+    }
+
+    /// The same with a standard input, and what follows the ready line on its standard output.
+    fn start_with(config: Option<&str>, stdin: Stdio) -> (Self, BufReader<ChildStdout>) {
         let home = tempfile::tempdir().unwrap();
         let mut command = program(home.path());
         command.args(["serve", "--ready-stdout", "--listen", "127.0.0.1:0"]);
@@ -81,17 +86,17 @@ impl Broker {
             command.args(["--config", "broker.toml"]);
         }
         let mut child = command
+            .stdin(stdin)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
         let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap())
-            .read_line(&mut line)
-            .unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        stdout.read_line(&mut line).unwrap();
         let ready: Value = serde_json::from_str(&line).unwrap();
         let url = ready["native"].as_str().unwrap().to_owned();
-        Self { home, child, url }
+        (Self { home, child, url }, stdout)
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -126,13 +131,17 @@ impl Broker {
         assert!(sent.unwrap().success());
     }
 
-    /// Runs `then` while a worker has `app.good` and `app.bad`.
+    /// Runs `then` while a worker has `app.good`, `app.bad` and `app.echo`.
     fn with_worker(&self, then: impl FnOnce()) {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let worker = Worker::builder(&self.url, Some(&self.token()))
             .plain(&spec("app.good"), |_| Ok(Returned::Value(Data::json(&7))))
-            .plain(&spec("app.bad"), |_| Err(Failure::fatal("no luck")));
+            .plain(&spec("app.bad"), |_| Err(Failure::fatal("no luck")))
+            .plain(&spec("app.echo"), |call| {
+                let call: Value = call.arguments().to_json()?;
+                Ok(Returned::Value(Data::json(&call["args"][0])))
+            });
         let running = runtime.spawn(worker.run(async {
             drop(stopped.await);
         }));
@@ -376,4 +385,41 @@ fn every_no_is_json_when_asked() {
     }
     let ended = run(program(home.path()).args(["version", "--json"]));
     assert_eq!(ended.is(0, "", "").json()["protocol"], 1);
+}
+
+/// A pipe in, a pipe out: each good line comes back once, the bad one is kept as a dead letter, and the broker serves on after the end of its input.
+#[test]
+fn standard_input_and_output_are_a_route_and_an_output() {
+    let config = r#"
+[connection.pipe]
+type = "file"
+[[route]]
+name = "in"
+from = { connection = "pipe", stdin = true }
+action = "app.echo"
+[[output]]
+name = "out"
+match = { action = "app.echo" }
+to = { connection = "pipe", stdout = true }
+"#;
+    let (mut broker, mut stdout) = Broker::start_with(Some(config), Stdio::piped());
+    let mut stdin = broker.child.stdin.take().unwrap();
+    stdin
+        .write_all(b"{\"n\": 1}\nno json\n[2]\n\"three\"\n")
+        .unwrap();
+    drop(stdin);
+    let mut lines = Vec::new();
+    broker.with_worker(|| {
+        for _ in 0..3 {
+            let mut line = String::new();
+            stdout.read_line(&mut line).unwrap();
+            lines.push(line.trim_end().to_owned());
+        }
+    });
+    lines.sort();
+    assert_eq!(lines, ["\"three\"", "[2]", "{\"n\":1}"]);
+    let letters = broker.ask(&["dlq", "list", "--json"]).json();
+    assert_eq!(letters["letters"].as_array().unwrap().len(), 1, "{letters}");
+    let runs = broker.ask(&["runs", "--json"]).json();
+    assert_eq!(runs["runs"].as_array().unwrap().len(), 3, "{runs}");
 }
